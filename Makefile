@@ -4,7 +4,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install doctor accept download convert export data show finetune report preflight rehearse generate predict evaluate bench test test-npu test-versions test-browser test-trackers lint docs clean
+.PHONY: help install doctor accept download convert export data show finetune report preflight rehearse generate predict logprobs evaluate bench test test-npu test-versions test-browser test-trackers lint docs clean
 
 # A variable that no command reads is misspelt, and `make finetune CONFIGS=…` would train the tiny
 # recipe. Beside those of env.sh these are read: MindSpeed-MM's name of NODES, tokens, a compiler, and
@@ -78,6 +78,9 @@ generate: ## a model's answer about images, videos and text
 predict: ## a model's answers to a data set, a line of JSON each; resumes where it was stopped
 #: MODEL=runs/tiny/hf DATA OUT=<file to write> HF ARGS="options"
 #> make predict MODEL=runs/qwen3_5_4B/hf DATA=data/questions.json OUT=answers.jsonl ARGS="--dataset_dir data/COCO2017"
+logprobs: ## log-probabilities of given answers, a line of JSON each; of a DPO recipe's reference, without OUT
+#: CONFIG DATA OUT=<file to write> NPUS_PER_NODE ARGS="settings" DRY_RUN
+#> make logprobs CONFIG=configs/qwen3_5_4B.yaml DATA=data/answers.json OUT=logprobs.jsonl
 evaluate: ## ask a model about held-out records, and count the right answers
 #: MODEL=runs/tiny/hf DATA ARGS="options"
 #> make evaluate MODEL=runs/qwen3_5_4B/hf DATA=data/heldout.json ARGS="--dataset_dir data/COCO2017"
@@ -117,7 +120,7 @@ install:
 doctor: # works without an installation too
 	@bash scripts/doctor.sh
 
-accept download convert export data show finetune report preflight rehearse generate predict evaluate bench test test-npu test-versions test-browser test-trackers lint docs: .venv/.installed
+accept download convert export data show finetune report preflight rehearse generate predict logprobs evaluate bench test test-npu test-versions test-browser test-trackers lint docs: .venv/.installed
 	@bash scripts/$@.sh
 
 # the stamp that a finished install leaves; a newer lock file brings .venv up to date

@@ -34,8 +34,8 @@
 # both. Default: none. E.g. {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 : "${TIE:=}"
 # Output. Given on the command line it stands for EXPORT_OUT in `make export`, for DATA_OUT in `make
-# data`, for the file that `make predict` writes, and for the folder that `make download` fills, else
-# ckpt/hf_path/ and the model's name.
+# data`, for the file that `make predict` or `make logprobs` writes, and for the folder that `make
+# download` fills, else ckpt/hf_path/ and the model's name.
 : "${OUT:=}"
 # Hugging Face folder that `make export` writes. Default: hf in the folder of the run.
 : "${EXPORT_OUT:=}"
@@ -50,7 +50,8 @@
 # The folder of the run for which `make report` writes a page, or of several with commas between
 # them, for one page that compares them.
 : "${RUN:=runs/tiny}"
-# The records that `make predict` asks, and those with the right answers for `make evaluate`.
+# The records that `make predict` asks, and those with the right answers for `make evaluate`. Given
+# on the command line, those with the answers for `make logprobs`, in place of the recipe's.
 : "${DATA:=data/digits/heldout.json}"
 # What `make generate` asks. Default: text on standard input. `<image>` in it is where an image
 # belongs, `<video>` where a video.

@@ -41,11 +41,14 @@ def make_cases(
         angle = randn(T, D // 8)
         return "nndd", (randn(T, Hq, D), randn(T, Hkv, D), angle.cos(), angle.sin())
 
-    def cross_entropy() -> Case:
+    def labelled() -> Case:
         labels = torch.randint(0, vocabulary, (T,))
         labels[::3] = -100
-        inputs = randn(T, hidden), randn(vocabulary, hidden) * hidden**-0.5
-        return "nndd", (*inputs, labels, torch.full((T,), 1 / T))
+        return "nnd", (randn(T, hidden), randn(vocabulary, hidden) * hidden**-0.5, labels)
+
+    def cross_entropy() -> Case:
+        kinds, values = labelled()
+        return f"{kinds}d", (*values, torch.full((T,), 1 / T))
 
     def delta_rule() -> Case:
         qkv = [randn(T, heads, Dk) for heads in (Hk, Hk, Hv)]
@@ -62,6 +65,7 @@ def make_cases(
         "apply_rotary": rotary,
         "swiglu": lambda: ("n", (randn(T, 2 * inner),)),
         "linear_cross_entropy": cross_entropy,
+        "token_log_probs": labelled,
     }
 
 

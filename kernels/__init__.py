@@ -18,7 +18,7 @@ if sys.argv[:1] == ["-m"] and not find_spec("torch"):  # `python -m kernels`; it
 
 from kernels.attention import varlen_attention
 from kernels.causal_conv1d import causal_conv1d
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import linear_cross_entropy, token_log_probs
 from kernels.gated_delta_rule import chunk_gated_delta_rule
 from kernels.moe import moe_experts
 from kernels.moe_parallel import moe_experts_parallel
@@ -41,6 +41,7 @@ class Kernels:
     apply_rotary: Callable = apply_rotary
     swiglu: Callable = swiglu
     linear_cross_entropy: Callable = linear_cross_entropy
+    token_log_probs: Callable = token_log_probs
 
 
 OPS = tuple(f.name for f in fields(Kernels))

@@ -4,8 +4,12 @@ The [T, V] logits are never held at once. The gradients are computed in forward,
 at a time, while the chunk's logits exist: three matmuls in all, where a recomputing backward needs
 four. The weight's gradient is summed over the chunks in fp32. Source: Wijmans et al. 2024, Cut Your
 Losses, arXiv:2411.09009; gradients in forward: Liger Kernel, arXiv:2410.10989.
+
+Where a token's weight is known only once all log-probabilities are, as in preference losses,
+token_log_probs takes the fourth matmul: its backward computes the chunks' logits again.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -38,30 +42,34 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, options)
 
 
+def token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    label_rows: Tensor | None = None,
+    primitives: ModuleType = native,
+) -> Tensor:
+    """The arguments of linear_cross_entropy -> log-probabilities of the labels [T] fp32.
+
+    They are 0 without a label, and differentiable in hidden and weight; a weight that is frozen
+    costs no gradient.
+    """
+    rows = primitives.rows_with_label(labels) if label_rows is None else label_rows
+    return _TokenLogProbs.apply(hidden, weight, labels, rows, primitives)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, options: tuple
     ) -> tuple[Tensor, Tensor]:
         label_rows, grad_enabled, ops = options
-        wide = native.working_dtype(hidden)
-        need_hidden, need_weight = (grad_enabled and need for need in ctx.needs_input_grad[:2])
-        has_label, targets = labels >= 0, labels.clamp(min=0)
-        scales = token_weights.to(wide) * has_label
-        token_loss = torch.zeros(labels.shape, dtype=wide, device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        allocate = torch.empty if len(label_rows) else torch.zeros  # the first chunk writes, the others add
-        grad_weight = allocate(weight.shape, dtype=wide, device=weight.device) if need_weight else None
-        for number, (rows, is_real) in enumerate(chunks(label_rows, weight.shape[0])):
-            h = hidden[rows]
-            loss, grad = ops.cross_entropy(h, weight, targets[rows], scales[rows] * is_real, need_hidden or need_weight)
-            token_loss.index_add_(0, rows, loss * is_real)
-            if grad_hidden is not None:
-                grad_hidden.index_add_(0, rows, grad @ weight)
-            if grad_weight is not None:
-                ops.head_weight_grad(grad_weight, grad, h, add=number > 0)
+        needs = [grad_enabled and need for need in ctx.needs_input_grad[:2]]
+        has_label = labels >= 0
+        scales = token_weights.to(native.working_dtype(hidden)) * has_label
+        token_loss, *grads = _by_chunks(hidden, weight, labels, scales, label_rows, needs, ops)
         token_loss *= has_label
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(*grads)
         ctx.dtype, ctx.slice = weight.dtype, ops.VOCABULARY_SLICE
         ctx.mark_non_differentiable(token_loss)
         return (token_loss * scales).sum(), token_loss
@@ -77,6 +85,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 out.copy_(part * grad_loss)  # all at once would be another [V, D] fp32 near the memory peak
             grad_weight = scaled
         return grad_hidden, grad_weight, None, None, None
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, label_rows: Tensor, ops: ModuleType
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, labels, label_rows)
+        ctx.ops = ops
+        scales = torch.zeros(labels.shape, dtype=native.working_dtype(hidden), device=hidden.device)
+        token_loss, *_ = _by_chunks(hidden, weight, labels, scales, label_rows, (False, False), ops)
+        return token_loss.masked_fill_(labels < 0, 0).neg_()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, label_rows = ctx.saved_tensors
+        scales = -grad * (labels >= 0)
+        needs = ctx.needs_input_grad[:2]
+        _, grad_hidden, grad_weight = _by_chunks(hidden, weight, labels, scales, label_rows, needs, ctx.ops)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def _by_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scales: Tensor,
+    label_rows: Tensor,
+    needs: Sequence[bool],
+    ops: ModuleType,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """-> cross entropies [T], gradients of sum(scales * cross entropies) in hidden and weight.
+
+    The weight's gradient is fp32. needs: whether each gradient is needed. Tokens without a label
+    take label 0, so their scales must be 0.
+    """
+    need_hidden, need_weight = needs
+    targets, token_loss = labels.clamp(min=0), torch.zeros_like(scales)
+    grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+    allocate = torch.empty if len(label_rows) else torch.zeros  # the first chunk writes, the others add
+    grad_weight = allocate(weight.shape, dtype=scales.dtype, device=weight.device) if need_weight else None
+    for number, (rows, is_real) in enumerate(chunks(label_rows, weight.shape[0])):
+        h = hidden[rows]
+        loss, grad = ops.cross_entropy(h, weight, targets[rows], scales[rows] * is_real, need_hidden or need_weight)
+        token_loss.index_add_(0, rows, loss * is_real)
+        if grad_hidden is not None:
+            grad_hidden.index_add_(0, rows, grad @ weight)
+        if grad_weight is not None:
+            ops.head_weight_grad(grad_weight, grad, h, add=number > 0)
+    return token_loss, grad_hidden, grad_weight
 
 
 def chunks(label_rows: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:

@@ -115,3 +115,8 @@ def linear_cross_entropy(
         losses.append(h.new_zeros(()) if label == -100 else -torch.log_softmax(weight @ h, dim=0)[label])
     token_loss = torch.stack(losses) if losses else hidden.new_zeros(0)
     return (token_weights * token_loss).sum(), token_loss.detach()
+
+
+def token_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    log_probs = torch.log_softmax(hidden @ weight.T, dim=-1)
+    return log_probs.gather(1, labels.clamp(min=0)[:, None])[:, 0].masked_fill(labels < 0, 0)

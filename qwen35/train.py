@@ -45,16 +45,18 @@ from qwen35.tools.compilation import DTYPES, compiled
 from qwen35.training.adamw import AdamW
 from qwen35.training.adapters import choose_trained, serving_warnings
 from qwen35.training.best import Best
+from qwen35.training.dpo import METRICS, preference_loss
 from qwen35.training.flops import Flops, token_counts
 from qwen35.training.history import begin_history, note_answers
 from qwen35.training.length import count_steps, end_step
-from qwen35.training.loss import divisors, make_mtp_targets, token_weights
+from qwen35.training.loss import divisors, make_mtp_targets, token_loss, token_weights
 from qwen35.training.metrics import Metrics, RunError, StepRecord
 from qwen35.training.neftune import embedding_noise
 from qwen35.training.optimizer import GradientNorm, group_table, learning_rate, make_optimizer, prepare_step
 from qwen35.training.parameter_groups import check_new_tokens, check_visuals, parameter_table
 from qwen35.training.profiler import Profile
 from qwen35.training.read_data import read_data
+from qwen35.training.reference import Forward
 from qwen35.training.report import write_report
 from qwen35.training.resume import (
     changes,
@@ -70,7 +72,7 @@ from qwen35.training.resume import (
     save_steps,
     seed_all,
 )
-from qwen35.training.start import Start, find_weights
+from qwen35.training.start import REFERENCE, Start, find_weights
 from qwen35.training.summary import end_message, start_message, steps_message
 from qwen35.training.trackers import Tracker, check_installed
 from qwen35.training.validation import Validation
@@ -163,6 +165,10 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         check_extra(checkpoint, extra, settings)
         if checkpoint.rank_extra:
             restore_rng(checkpoint.rank_extra, device)
+    if t.stage == "dpo" and not t.lora:
+        forward = Forward(settings, model, meshes, device, heartbeat.at)
+        for data in (micro_batches, *([validation.set] if validation else [])):
+            forward.add_reference(data.dataset, start.extra[REFERENCE], is_trained=step > 0)
     about = start_message(settings, device, layout, model, f"{table}\n{group_table(optimizer, t.lr)}")
     notes = [*serving_warnings(model), *micro_batches.notes, *start.notes]
     logger.info("\n".join([about, *notes, micro_batches.summary()]))
@@ -195,7 +201,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     """One optimizer step over this rank's micro-batches. The record's values stay on the device."""
     t, loss_cfg, device, meshes = run.settings.training, run.settings.model.loss_cfg, run.device, run.meshes
     weights = [token_weights(batch, loss_cfg.loss_type) for batch in batches]
-    mtp = run.settings.model.mtp_num_layers
+    mtp, mtp_factor = run.settings.model.mtp_num_layers, run.settings.model.mtp_loss_scaling_factor
     all_mtp_targets = [make_mtp_targets(batch, loss_cfg.loss_type) if mtp else None for batch in batches]
     counts = [token_counts(batch) for batch in batches]
     tokens, labels, images = (sum(values) for values in zip(*counts, strict=True))
@@ -206,7 +212,8 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     dist.all_reduce(step_counters)
     scale = 1 / step_counters[:3].clamp(min=1)  # for the losses: next-token, multi-token, load-balancing
 
-    losses = torch.zeros(2 + mtp, device=device)  # cross entropy, load balancing, multi-token prediction
+    also = METRICS if t.stage == "dpo" else ("mtp_loss",) * mtp
+    losses = torch.zeros(2 + len(also), device=device)  # the stage's loss, load balancing, what else it measures
     text = run.model.config.text
     load = torch.zeros(len(text.layer_types) + mtp, text.num_experts, device=device) if text.num_experts else None
     flops = 0.0
@@ -223,16 +230,14 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         if mtp_targets is not None:
             mtp_targets = mtp_targets.to(device)
             mtp_targets = replace(mtp_targets, weights=mtp_targets.weights * scale[1])
-        loss, aux, token_loss = run.model.loss(
-            batch, weight, mtp_targets, run.settings.model.mtp_loss_scaling_factor, load
-        )
+        if t.stage == "dpo":
+            loss, aux, found = preference_loss(run.model, batch, t.dpo, meshes, scale[0], load)
+        else:
+            loss, aux, found = token_loss(run.model, batch, weight, mtp_targets, mtp_factor, load)
         run.beat(f"micro-batch {i} of {len(batches)}, backward")
         aux = scale[2] * aux
         (loss + loss_cfg.router_aux_loss_coef * aux).backward()
-        losses[0] += (weight * token_loss[: len(weight)]).sum()
-        losses[1] += is_counting * aux.detach()
-        if mtp_targets is not None:
-            losses[2] += (mtp_targets.weights * token_loss[len(weight) :]).sum()
+        losses += torch.stack([found[0], is_counting * aux.detach(), *found[1:]])
 
     run.beat("gradient norm and optimizer")
     reduce_replicated(run.model)
@@ -245,7 +250,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     run.step += 1
     sums = torch.cat([losses[:2], rank_counters[3:], losses[2:]])
     bad_records = tuple(message for batch in batches[: is_counting * len(batches)] for message in batch.bad_records)
-    return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records, load)
+    return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records, load, also)
 
 
 def train(settings: Settings) -> int:

@@ -1,6 +1,6 @@
 """A batch of a recipe's shapes, made by the run's own collator from synthetic samples."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,11 +28,16 @@ class Mix:
             raise SettingError("--images: the model is text-only, leave it out")
         return (0.25 if config.vision else 0.0) if self.images is None else self.images
 
+    def length(self, settings: Settings) -> int:
+        """Of a sequence; with training.stage: dpo a packed sequence has room for two."""
+        cutoff_len = settings.data.dataset_param.basic_parameters.cutoff_len
+        return min(self.sequence, cutoff_len // 2 if settings.training.stage == "dpo" else cutoff_len)
+
     def describe(self, settings: Settings, config: ModelConfig) -> str:
-        basic = settings.data.dataset_param.basic_parameters
-        length = min(self.sequence, basic.cutoff_len)
+        cutoff_len, length = settings.data.dataset_param.basic_parameters.cutoff_len, self.length(settings)
+        pairs = ", in pairs" * (settings.training.stage == "dpo")
         return (
-            f"{basic.cutoff_len:,} tokens each, of sequences of {length:,}: {self.image_share(config):.0%} image tokens, "
+            f"{cutoff_len:,} tokens each, of sequences of {length:,}{pairs}: {self.image_share(config):.0%} image tokens, "
             f"{self.trained:.0%} with a loss"
         )
 
@@ -41,15 +46,20 @@ def make_batch(settings: Settings, config: ModelConfig, mix: Mix) -> PackedBatch
     """One micro-batch on the host, T = micro_batch_size * cutoff_len. Raises SettingError."""
     basic = settings.data.dataset_param.basic_parameters
     spec, v = config.vision_spec, config.vision
-    length = min(mix.sequence, basic.cutoff_len)
+    length, is_dpo = mix.length(settings), settings.training.stage == "dpo"
     sizes = [length] * (basic.cutoff_len // length)
     if basic.cutoff_len % length > 1:
         sizes.append(basic.cutoff_len % length)
+    sizes = sizes[: len(sizes) // 2 * 2] if is_dpo else sizes  # both answers of a pair
     values = v.in_channels * v.temporal_patch_size * v.patch_size**2 if v else 0
     share = mix.image_share(config)
     samples = {size: make_sample(size, share, mix.trained, spec, values) for size in set(sizes)}
     packed = [[samples[size] for size in sizes]] * settings.training.micro_batch_size
-    return collate(packed, basic.cutoff_len, TEXT, settings.data.dataloader_param.patch_bucket, spec)
+    batch = collate(packed, basic.cutoff_len, TEXT, settings.data.dataloader_param.patch_bucket, spec)
+    if not is_dpo or batch.is_pad is None:
+        return batch
+    pairs = (~batch.is_pad[batch.cu_seqlens[:-1].long()]).nonzero().view(-1, 2)
+    return replace(batch, pairs=pairs, reference=None if settings.training.lora else torch.zeros(pairs.shape))
 
 
 def make_sample(length: int, images: float, trained: float, spec: VisionSpec | None, values: int) -> Sample:

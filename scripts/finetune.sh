@@ -19,6 +19,9 @@ preflight=()
 if [[ ${1:-} == --preflight ]]; then # see preflight.sh
     preflight=("$1")
     shift
+elif [[ ${1:-} == --logprobs ]]; then # see logprobs.sh
+    preflight=("$1" "$2")
+    shift 2
 fi
 split "${ARGS:-}"
 overrides=("${words[@]}" "$@")

@@ -205,4 +205,9 @@ class DecodedBatches:
         preparation, spec = self.dataset.preparation, self.dataset.spec
         cutoff_len, pad_id = preparation.basic.cutoff_len, preparation.tokenizer.pad_id
         batch = collate(samples, cutoff_len, pad_id, self.patch_bucket, spec, preparation.patch_dim, preparation.pairs)
-        return replace(batch, bad_records=tuple(bad_records))
+        reference = self.dataset.reference
+        if reference is not None and batch.pair_numbers is not None:
+            reference = reference[batch.pair_numbers]
+            if reference.isnan().any():
+                return RecordError("a pair's images could not be read when the reference was computed; remove its file")
+        return replace(batch, bad_records=tuple(bad_records), reference=reference)

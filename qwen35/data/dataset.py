@@ -81,6 +81,7 @@ class Dataset:
         self.preparation, self.spec = preparation, spec
         self.width, self.unit = 2 if preparation.pairs else 1, preparation.unit  # samples of a unit, and its name
         self.skips_bad_records = basic.on_bad_record == "skip"
+        self.reference: Tensor | None = None  # [pairs, 2] their log-probabilities by the reference, NaN: none
         self.files: list[FileSamples] = []
         for samples in load_files(preparation, progress):
             if not samples.records:

@@ -36,13 +36,8 @@ class ValidationSet:
         self.dataset = open_dataset(settings, progress, training_data.attr if training_data else None)
         others = training_data.basic_parameters.dataset if training_data else None
         self.training_overlap = _common_files(basic.dataset, others) if others is not None else []
-        size = settings.training.micro_batch_size
-        self.micro_batch_tokens = size * basic.cutoff_len
-        packed = pack_epoch(self.dataset.lengths, basic.cutoff_len, 0, 0, shuffle=False)
-        micro_batches = [packed[i : i + size] for i in range(0, len(packed), size)]
-        micro_batches[-1] += [[]] * (size - len(micro_batches[-1]))
-        micro_batches += [[[]] * size] * (-len(micro_batches) % world_size)
-        self._order = micro_batches[rank::world_size]
+        self.micro_batch_tokens = settings.training.micro_batch_size * basic.cutoff_len
+        self._order = each_once(self.dataset, settings, rank, world_size)
         self._loader = background_loader(
             DecodedBatches(self.dataset, loader.patch_bucket), self._order, loader.num_workers, pin, persistent=True
         )
@@ -105,6 +100,16 @@ class ValidationSet:
                 groups[-1].append(record)
                 room -= length
         return groups
+
+
+def each_once(dataset: Dataset, settings: Settings, rank: int, world_size: int) -> list[list[list[int]]]:
+    """A rank's micro-batches, as many as any other's, which together have each sample once."""
+    size = settings.training.micro_batch_size
+    packed = pack_epoch(dataset.lengths, dataset.preparation.basic.cutoff_len, 0, 0, shuffle=False)
+    micro_batches = [packed[i : i + size] for i in range(0, len(packed), size)]
+    micro_batches[-1] += [[]] * (size - len(micro_batches[-1]))
+    micro_batches += [[[]] * size] * (-len(micro_batches) % world_size)
+    return micro_batches[rank::world_size]
 
 
 def _common_files(dataset: str | Sequence[DatasetFile], other: str | Sequence[DatasetFile]) -> list[Path]:

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--master_port", type=whole_number(1, 65535), help="of node 0, free; default: any, with several nodes 6000")
     add("--rendezvous_timeout", type=whole_number(1, 86400), default=300, help="seconds to wait for the other nodes")
     add("--preflight", action="store_true", help="compare the nodes, measure an all-reduce, and train nothing")
+    add("--logprobs", metavar="FILE", help="write answers' log-probabilities; -: keep the reference's; train nothing")
     args = parse_words(parser, argv)
     if args.node_rank >= (args.nnodes or 1):
         parser.error(f"--node_rank {args.node_rank} is not below --nnodes {args.nnodes or 1}")
@@ -75,10 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, stop_waiting)
         port = args.master_port if args.node_rank == 0 else None
         check_address(args.master_addr, port, args.nnodes == 1, args.rendezvous_timeout * args.is_scheduled)
-        program = "qwen35.preflight" if args.preflight else "qwen35.train"
+        program = "qwen35.preflight" if args.preflight else "qwen35.logprobs" if args.logprobs else "qwen35.train"
         rendezvous = join_rendezvous(args) if args.nnodes > 1 else None
-        command, t = [sys.executable, "-m", program, args.config, *args.overrides], settings.training
-        return run(command, args, rendezvous, t.timeout, 0 if args.preflight else t.max_restarts)
+        out = ["--out", args.logprobs] if args.logprobs not in (None, "-") else []
+        command, t = [sys.executable, "-m", program, *out, args.config, *args.overrides], settings.training
+        return run(command, args, rendezvous, t.timeout, t.max_restarts if program == "qwen35.train" else 0)
     except USER_ERRORS as error:
         return complain(error)
 

@@ -175,7 +175,7 @@ class Qwen35(nn.Module):
         if mtp:
             layer = DecoderLayer(config.text, "full_attention", kernels)
             self.mtp = MultiTokenPrediction(config.text, layer, kernels)
-        self.cross_entropy = kernels.linear_cross_entropy
+        self.cross_entropy, self.token_log_probs = kernels.linear_cross_entropy, kernels.token_log_probs
         self.sum_stats = nn.Identity()  # context parallelism replaces it
 
     @classmethod
@@ -235,6 +235,15 @@ class Qwen35(nn.Module):
         if load is not None:
             load += torch.stack(stats)[:, 1].detach()
         return loss, self._aux(stats, hidden), token_loss
+
+    def log_probs(self, batch: PackedBatch, load: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """-> log-probabilities of the labels [T], load-balancing loss. load: as for `loss`."""
+        batch = derive(batch, self.config.vision_spec)
+        hidden, stats = self.model(batch)
+        log_probs = self.token_log_probs(hidden, self.head_weight, batch.labels, batch.label_positions)
+        if load is not None:
+            load += torch.stack(stats)[:, 1].detach()
+        return log_probs, self._aux(stats, hidden)
 
     def _mtp_hidden(
         self, hidden: Tensor, x: Tensor, batch: PackedBatch, mtp_targets: MTPTargets

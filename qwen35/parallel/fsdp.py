@@ -80,7 +80,8 @@ def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
         unit(model.mtp)
     unit(model)
     _prefetch(model)
-    register_fsdp_forward_method(model, "loss")
+    for method in ("loss", "log_probs"):
+        register_fsdp_forward_method(model, method)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             _sum_gradients(module, replicas)

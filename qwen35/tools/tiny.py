@@ -3,7 +3,7 @@
 A random Qwen3.5-MoE vision-language checkpoint of 1.3 M parameters in the published layout, with
 the config, tokenizer and processors of assets/tiny, and the handwritten digits of assets/digits as
 LLaVA records, every fifth of them for validation. The base of configs/lora/tiny.yaml is trained on
-those of the others that show 0 to 4.
+those of the others that show 0 to 4. For configs/dpo/tiny.yaml each record has a wrong answer, too.
 """
 
 import json
@@ -89,6 +89,8 @@ def make_digits(folder: Path = DIGITS_DIR, force: bool = False) -> bool:
         "train.json": _json_list([record for record, _ in train]),
         "train_0-4.json": _json_list([record for record, label in train if label < "5"]),
         "heldout.json": _json_list(records[::VALIDATION_STRIDE]),
+        "pairs.json": _json_list([_pair(record) for record, _ in train]),
+        "heldout_pairs.json": _json_list([_pair(record) for record in records[::VALIDATION_STRIDE]]),
     }
     if not force and all((folder / name).is_file() for name in names):
         found = [(folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else None for name in texts]
@@ -109,6 +111,13 @@ def make_digits(folder: Path = DIGITS_DIR, force: bool = False) -> bool:
 def _record(image: str, label: str) -> dict[str, Any]:
     turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": label}]
     return {"id": Path(image).stem, "image": image, "conversations": turns}
+
+
+def _pair(record: dict[str, Any]) -> dict[str, Any]:
+    """The right digit is chosen, and one of the others, by the record's number, is rejected."""
+    question, right = record["conversations"]
+    wrong = (int(right["value"]) + 1 + int(record["id"]) % 9) % 10
+    return record | {"conversations": [question], "chosen": right, "rejected": right | {"value": str(wrong)}}
 
 
 def _json_list(records: list[dict[str, Any]]) -> str:

@@ -3,7 +3,8 @@
 The backward pass costs as much as the forward pass for the gradients of the weights, and as much
 again for the gradients of the inputs. The first are counted where the weight is trained, the second
 where something before it is trained; a frozen part costs its forward pass alone. Before the B of an
-adapter there is always something trained, its A.
+adapter there is always something trained, its A. Of pairs of answers, the reference's forward pass
+counts where it runs in the step, and so does the head's second one.
 """
 
 from collections import defaultdict
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from qwen35.batch import IGNORE, MTPTargets, PackedBatch
 from qwen35.model import Qwen35
+from qwen35.model.lora import is_adapter
 from qwen35.model.moe import ADAPTERS
 
 DELTA_RULE_CHUNK = 64  # tokens per chunk of the gated delta rule
@@ -34,6 +36,7 @@ class Flops:
         self.config = model.config
         # FLOPs for each token, pair, label, mtp_label, patch and patch_pair
         self.flops_per: dict[str, float] = defaultdict(float)
+        self.forward_per: dict[str, float] = defaultdict(float)  # of a forward pass alone, without adapters
         self.is_trained_below = False  # whether the next part must pass a gradient on to its input
         text = model.model.language_model
         if model.model.visual is not None:
@@ -61,10 +64,24 @@ class Flops:
             lengths = lengths[~batch.is_pad[starts]]
         patches = image_tokens * self.config.vision.spatial_merge_size**2 if self.config.vision else 0
         grids = batch.grid_thw[batch.grid_thw.prod(-1).cumsum(0) <= patches]
-        return self.of(tokens, lengths, labels, grids, len(mtp_targets.label_positions) if mtp_targets else 0)
+        flops = self.of(tokens, lengths, labels, grids, len(mtp_targets.label_positions) if mtp_targets else 0)
+        if batch.pairs is not None:
+            flops += labels * self.forward_per["label"]  # again in the backward pass, see token_log_probs
+            if batch.reference is None:
+                flops += self.of(tokens, lengths, labels, grids, flops_per=self.forward_per)
+        return flops
 
-    def of(self, tokens: int, lengths: Tensor, labels: int, grid_thw: Tensor, mtp_labels: int = 0) -> float:
+    def of(
+        self,
+        tokens: int,
+        lengths: Tensor,
+        labels: int,
+        grid_thw: Tensor,
+        mtp_labels: int = 0,
+        flops_per: Mapping[str, float] | None = None,
+    ) -> float:
         """FLOPs of sequences of `lengths` [S]; the head counts at labels only, those of MTP too."""
+        flops_per = flops_per or self.flops_per
         frames, patches = grid_thw[:, 0], grid_thw[:, 1] * grid_thw[:, 2]
         counts = {
             "token": tokens,
@@ -74,7 +91,7 @@ class Flops:
             "patch": float((frames * patches).sum()),
             "patch_pair": float((frames * patches**2).sum()),
         }
-        return sum(count * self.flops_per[unit] for unit, count in counts.items())
+        return sum(count * flops_per.get(unit, 0.0) for unit, count in counts.items())
 
     def _maps(self, unit: str, *maps: nn.Module | Weights | tuple[nn.Module | Weights, float]) -> None:
         """Modules and weights that read the same input, each with the share of units that reach it.
@@ -90,11 +107,13 @@ class Flops:
             if w.ndim > 1:
                 cost = 2 * (1 + (self.is_trained_below or name.endswith("lora_B")))
                 self.flops_per[unit] += w.numel() * share * (cost + 2 * w.requires_grad)
+                self.forward_per[unit] += w.numel() * share * 2 * (not is_adapter(name))
         self.is_trained_below |= any(w.requires_grad for _, w, _ in weights)
 
     def _core(self, unit: str, flops: float) -> None:
         """An operation without weights."""
         self.flops_per[unit] += flops * (3 if self.is_trained_below else 1)
+        self.forward_per[unit] += flops
 
     def _layer(self, layer: Any) -> None:
         t = self.config.text

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qwen35.batch import IGNORE, MTPTargets, PackedBatch, mtp_labels
+from qwen35.model import Qwen35
 
 
 def token_weights(batch: PackedBatch, loss_type: str) -> Tensor:
@@ -42,13 +43,33 @@ def make_mtp_targets(batch: PackedBatch, loss_type: str) -> MTPTargets:
     return MTPTargets(labels, weights, (labels != IGNORE).nonzero().squeeze(1), is_end)
 
 
+def token_loss(
+    model: Qwen35,
+    batch: PackedBatch,
+    weights: Tensor,
+    mtp_targets: MTPTargets | None,
+    mtp_factor: float,
+    load: Tensor | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """As `Qwen35.loss`, with the sums of the weighted cross entropies of each prediction."""
+    loss, aux, losses = model.loss(batch, weights, mtp_targets, mtp_factor, load)
+    found = [(weights * losses[: len(weights)]).sum()]
+    if mtp_targets is not None:
+        found.append((mtp_targets.weights * losses[len(weights) :]).sum())
+    return loss, aux, found
+
+
 def divisors(
     batches: Sequence[PackedBatch], all_mtp_targets: Sequence[MTPTargets | None], loss_type: str
 ) -> list[float]:
-    """This rank's addends to the divisors of the next-token, multi-token, load-balancing losses."""
+    """This rank's addends to the divisors of the next-token, multi-token, load-balancing losses.
+
+    For batches of pairs the first is their number.
+    """
     labels = [int((batch.labels != IGNORE).sum()) for batch in batches]
     mtp = [0 if targets is None else len(targets.label_positions) for targets in all_mtp_targets]
     has_tokens = [batch.is_pad is None or not bool(batch.is_pad.all()) for batch in batches]
     if loss_type != "per_token_loss":
         labels, mtp = [int(n > 0) for n in labels], [int(n > 0) for n in mtp]
+    labels = [n if batch.pairs is None else len(batch.pairs) for n, batch in zip(labels, batches, strict=True)]
     return [float(sum(labels)), float(sum(mtp)), float(sum(has_tokens))]

@@ -41,13 +41,14 @@ class StepRecord:
     lr: float
     data_time: float  # seconds spent waiting for the micro-batches
     flops: float  # this rank's model FLOPs
-    sums: Tensor  # [5 or 6] this rank's share of SUMS
+    sums: Tensor  # [5 + …] this rank's share of SUMS, and of what `also` names
     group_squares: Tensor  # [G] squared gradient norms over all ranks, by group
     bad_records: tuple[str, ...] = ()  # messages about this rank's records that could not be trained
     load: Tensor | None = None  # [L, E] number of this rank's tokens that each expert of each layer got
+    also: tuple[str, ...] = ()  # what the stage measures besides its loss
 
 
-SUMS = ("loss", "aux_loss", "tokens", "label_tokens", "image_tokens", "mtp_loss")  # the last with MTP only
+SUMS = ("loss", "aux_loss", "tokens", "label_tokens", "image_tokens")
 MEASURED_STEPS = 5  # steps after the first flush before the run's time is estimated
 HOST_SUMS = ("flops", "stop", "bad_records")  # summed over the ranks as well, but known on the host
 
@@ -109,7 +110,7 @@ class Metrics:
         """
         records, self.pending = self.pending, []
         host_sums = torch.tensor([[r.flops, float(stop), len(r.bad_records)] for r in records], device=self.device)
-        names = (*SUMS[: len(records[0].sums)], *HOST_SUMS)
+        names = (*SUMS, *records[0].also, *HOST_SUMS)
         sums = torch.cat([torch.stack([r.sums for r in records]), host_sums], dim=1)  # [steps, names]
         dist.all_reduce(sums)
         columns = [sums, torch.stack([r.group_squares for r in records])]
@@ -192,7 +193,7 @@ class Metrics:
     ) -> dict[str, Any]:
         line: dict[str, Any] = {
             "step": record.step,
-            **{name: totals[name] for name in ("loss", "mtp_loss", "aux_loss") if name in totals},
+            **{name: totals[name] for name in ("loss", *record.also, "aux_loss")},
             "grad_norm": sum(squares) ** 0.5,
             "grad_norms": self._by_kind(squares),
             "lr": record.lr,
@@ -215,8 +216,9 @@ class Metrics:
 
     def _show(self, lines: list[dict[str, Any]]) -> None:
         last = lines[-1]
-        mtp = f"mtp_loss {last['mtp_loss']:.4f}  " if "mtp_loss" in last else ""
-        text = f"loss {last['loss']:.4f}  {mtp}grad_norm {last['grad_norm']:.3f}  lr {last['lr']:.2e}"
+        names = {"mtp_loss": "mtp_loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+        also = "".join(f"{short} {last[name]:.4f}  " for name, short in names.items() if name in last)
+        text = f"loss {last['loss']:.4f}  {also}grad_norm {last['grad_norm']:.3f}  lr {last['lr']:.2e}"
         text += f"  {last['tokens_per_second']:.0f} tokens/s"
         if math.isfinite(self.steps_per_epoch):
             text += f"  epoch {last['step'] / self.steps_per_epoch:.2f}"

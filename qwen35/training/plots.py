@@ -23,6 +23,10 @@ Plot: TypeAlias = "tuple[str, Callable[[Axes], object]]"  # title, and what draw
 PLOTS: tuple[tuple[str, Sequence[str], dict[str, Any]], ...] = (  # title, metrics, what is set of the axis
     ("loss", ("loss", "mtp_loss", "val_loss", "val_mtp_loss"), {}),
     ("exact match", ("val_exact_match",), {"ylim": (-0.02, 1.02)}),
+    ("margin of the rewards", ("rewards/margins", "val_rewards/margins"), {}),
+    ("pairs whose chosen answer gains more", ("rewards/accuracies", "val_rewards/accuracies"), {"ylim": (-0.02, 1.02)}),
+    ("rewards", ("rewards/chosen", "rewards/rejected"), {}),
+    ("log-probabilities of the answers", ("logps/chosen", "logps/rejected"), {}),
     ("gradient norm", ("grad_norm",), {"yscale": "log"}),
     ("gradient norm by group", ("grad_norms",), {"yscale": "log"}),
     ("learning rate", ("lr",), {}),

@@ -49,7 +49,8 @@ def read_run(folder: Path) -> Curves:
 def page_of(folder: Path, run: Curves) -> str:
     facts = read_facts(folder)
     done = int(run.by_name["loss"][-1, 0])
-    values = {name: run.last(name) for name in ("loss", "val_loss", "val_exact_match")}
+    pairs = [f"{of}rewards/{name}" for of in ("", "val_") for name in ("margins", "accuracies")]
+    values = {name: run.last(name) for name in ("loss", "val_loss", "val_exact_match", *pairs)}
     now = [("step", f"{done:,} of {facts.get('steps', done):,}")]
     now += [(name, f"{value:.4f}") for name, value in values.items() if value is not None]
     now.append(("tokens/s", f"{run.last('tokens_per_second', 20) or 0:,.0f}"))

@@ -31,7 +31,8 @@ from qwen35.training.metrics import RunError
 from qwen35.training.report import write_report
 from qwen35.wording import number_of
 
-DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # these decide what each packed sequence holds
+# these decide what each packed sequence holds
+DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed", "training.stage")
 WITHOUT_EFFECT = (  # settings that do not change what is trained
     "training.log_interval", "training.save_interval", "training.save_total_limit", "training.async_save",
     "training.save_best", "training.early_stopping_patience", "training.report_to",

@@ -27,25 +27,27 @@ from qwen35.config.schema import LoraSettings, Settings
 from qwen35.model import Qwen35
 from qwen35.training.adapters import InitialAdapters, lora_spec
 
+REFERENCE = "reference"  # in extra.json: a digest of the weights that a run of pairs began with
+
 
 class Chosen(NamedTuple):
     path: Path  # the newest whole checkpoint in `save`, else `load`, else `init_from_hf_path`
     base: Path  # the same, or the weights that adapters in that checkpoint are for
 
 
-def find_weights(settings: Settings) -> Chosen:
+def find_weights(settings: Settings, goes_on: bool = True) -> Chosen:
     """All ranks use rank 0's choice, since another job may be saving into `load` at this moment.
 
-    Raises SettingError, CheckpointError.
+    goes_on: from a checkpoint in `save`, if there is one. Raises SettingError, CheckpointError.
     """
     choices: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(choices, choose_weights(settings))
+    dist.all_gather_object(choices, choose_weights(settings, goes_on))
     return choices[0]
 
 
-def choose_weights(settings: Settings) -> Chosen:
+def choose_weights(settings: Settings, goes_on: bool = True) -> Chosen:
     """As `find_weights`, for this process alone."""
-    t, newest = settings.training, newest_checkpoint(settings.training.save)
+    t, newest = settings.training, newest_checkpoint(settings.training.save) if goes_on else None
     if newest or t.load:
         path = newest or resolve_load(t.load or "")
         if t.lora and holds_adapters(DCPSource(path)):
@@ -87,9 +89,12 @@ class Start:
         self.extra: dict[str, Any] = {}  # of this run's checkpoints
         if not self.is_hf and (not dist.is_initialized() or dist.get_rank() == 0):  # make doctor is no job
             self.warnings += _other_weights(model, opened, self.base, settings.model.model_name_or_path)
+        names = base_parameters(model)
+        if settings.training.stage == "dpo" and not self.lora:  # what its log-probabilities are kept under
+            info = None if self.is_hf else read_info(self.path)
+            self.extra = {REFERENCE: info.extra.get(REFERENCE) if info and info.step else digest(opened, names)}
         if not self.lora:
             return
-        names = base_parameters(model)
         run = AdapterRun(lora_spec(self.lora), str(self.base.absolute()), digest(opened, names))
         self.extra = run.to_extra()
         if self.goes_on:
@@ -104,7 +109,7 @@ class Start:
         else:
             self.sources.append(InitialAdapters(saved_parameters(model), settings.training.seed))
 
-    def load(self, optimizer: Optimizer, progress: Callable[[int], object]) -> None:
+    def load(self, optimizer: Optimizer | None, progress: Callable[[int], object]) -> None:
         """Fill the model, sharded by now, and the optimizer; end the hold on checkpoints."""
         if self.is_hf:
             load_hf(self.model, self.base, progress)

@@ -21,11 +21,13 @@ def start_message(settings: Settings, device: torch.device, layout: object, mode
     if settings.parallel.activation_offload:
         recomputed += ", activations offloaded to the host" + " (no saving on a CPU)" * (device.type == HOST.type)
     kernels = f"kernels {settings.model.kernels or 'auto'} (see python -m kernels)"
+    reference = "the base without adapters" if t.lora else "the weights that the run began with"
+    pairs = f"pairs of answers: {t.dpo.loss}, beta {t.dpo.beta:g}, the reference is {reference}\n" * (t.stage == "dpo")
     nbytes = sum(local(p).numel() * local(p).element_size() for p in model.parameters())
     return (
         f"{dist.get_world_size()} processes on {describe(device)}, torch {torch.__version__}: {layout}\n"
         f"arithmetic {t.dtype}, recompute {recomputed}, {t.optimizer}, {kernels}\n"
-        f"weights on this rank: {nbytes:,} bytes\n{table}"
+        f"{pairs}weights on this rank: {nbytes:,} bytes\n{table}"
     )
 
 
@@ -53,7 +55,8 @@ def end_message(
     if last < total:
         lines.append(f"stopped and saved after step {last} of {total}; the same command goes on from there")
         return "\n".join([*lines, f"{number_of(len(steps), 'step')} took {duration(seconds)}"])
-    val, folder, hf = settings.data.val_dataset_param, quote(t.save), quote(settings.model.model_name_or_path)
+    val = settings.data.val_dataset_param if t.stage == "sft" else None  # pairs are not asked
+    folder, hf = quote(t.save), quote(settings.model.model_name_or_path)
     files = [entry.file for entry in dataset_entries(val.basic_parameters.dataset)] if val else ["FILE"]
     media, default = val.basic_parameters.dataset_dir if val else "", str(Path(files[0]).parent)
     where = f" ARGS={quote(f'--dataset_dir {quote(media)}')}" if val and media != default else ""

@@ -28,6 +28,7 @@ from qwen35.parallel.context_parallel import shard_batch
 from qwen35.parallel.fsdp import gather_weights, replicated, reshard
 from qwen35.parallel.mesh import Meshes
 from qwen35.training.adapters import choose_trained
+from qwen35.training.dpo import METRICS, preference_loss
 from qwen35.training.history import MOST_ANSWERS
 from qwen35.training.loss import make_mtp_targets, token_weights
 from qwen35.wording import number_of
@@ -101,8 +102,8 @@ class Validation:
     def run(self, model: Qwen35, heartbeat: Heartbeat, step: int) -> tuple[dict[str, Any], list[str]]:
         """-> metrics of the sharded model, messages about records left out; the same on all ranks.
 
-        Losses are means over all tokens with a label, whatever the loss_type. Raises RecordError
-        for an image that cannot be decoded.
+        Losses are means over all tokens with a label, whatever the loss_type, or over all pairs.
+        Raises RecordError for an image that cannot be decoded.
         """
 
         def beat(activity: str) -> None:
@@ -121,11 +122,16 @@ class Validation:
         all_values: list[Any] = [rank_values] * dist.get_world_size()
         dist.all_gather_object(all_values, rank_values)
         *totals, rank_messages = zip(*all_values, strict=True)
-        loss, mtp_loss, labels, mtp_labels, right, answered = (sum(values) for values in totals)
+        *all_sums, labels, others, right, answered = (sum(values) for values in totals)
         messages = list(dict.fromkeys(chain.from_iterable(rank_messages)))
+        if self.settings.training.stage == "dpo":
+            losses = {name: total / max(others, 1) for name, total in zip(("loss", *METRICS), all_sums, strict=True)}
+        else:
+            losses = {"loss": all_sums[0] / max(labels, 1)}
+        mtp = self.settings.model.mtp_num_layers
         metrics = {
-            "val_loss": loss / max(labels, 1),
-            "val_mtp_loss": mtp_loss / max(mtp_labels, 1) if self.settings.model.mtp_num_layers else None,
+            **{f"val_{name}": value for name, value in losses.items()},
+            "val_mtp_loss": all_sums[1] / max(others, 1) if mtp else None,
             "val_tokens": labels,
             "val_exact_match": right / answered if answered else None,
             "val_bad_records": len(messages) or None,
@@ -135,8 +141,11 @@ class Validation:
 
     @torch.no_grad()
     def _losses(self, model: Qwen35, beat: Callable[[str], None]) -> tuple[list[float], list[int], list[str]]:
-        """-> this rank's cross entropy sums, numbers of labels (next token, MTP), bad records."""
-        rank, size = self.meshes.ulysses_rank, self.meshes.ulysses_size
+        """-> this rank's sums, numbers of labels, of MTP's or of pairs, bad records.
+
+        The sums are cross entropies (next token, MTP), or those of `preference_loss`.
+        """
+        rank, size, t = self.meshes.ulysses_rank, self.meshes.ulysses_size, self.settings.training
         sums, tokens = [], [0, 0]
         bad: list[str] = []
         for i, batch in enumerate(self.set, 1):
@@ -145,12 +154,17 @@ class Validation:
             if rank == 0:  # only one of the ranks that share packed sequences counts them
                 tokens[0] += int((batch.labels != IGNORE).sum())
                 tokens[1] += len(mtp_targets.label_positions) if mtp_targets else 0
+                tokens[1] += len(batch.pairs) if batch.pairs is not None else 0
                 bad += batch.bad_records
             part, weights, mtp_targets = shard_batch(
                 batch, token_weights(batch, "per_token_loss"), mtp_targets, rank, size
             )
             part, weights = part.to(self.device), to_device(weights, self.device)
             mtp_targets = mtp_targets.to(self.device) if mtp_targets else None
+            if part.pairs is not None:
+                one = torch.ones((), device=self.device)
+                sums.append(torch.stack(preference_loss(model, part, t.dpo, self.meshes, one)[2]))
+                continue
             _, _, losses = model.loss(part, weights, mtp_targets)
             sums.append(torch.stack([losses[: len(weights)].sum(), losses[len(weights) :].sum()]))
         reshard(model)

@@ -105,7 +105,7 @@ BAD = [
 ]
 
 TARGETS = """help install doctor accept download convert export data show finetune report preflight rehearse generate predict
-    evaluate bench test test-versions test-browser test-trackers lint docs clean""".split()
+    logprobs evaluate bench test test-versions test-browser test-trackers lint docs clean""".split()
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
@@ -226,6 +226,24 @@ def test_variables_set_outside_reach_the_training(run: Run, project: Path) -> No
     assert got["HCCL_IF_IP"] == "10.0.0.2"
     assert calls(project)[-1].startswith("-m qwen35.launch --nproc_per_node 2 ")
     assert calls(project)[-1].endswith(" configs/other.yaml training.train_iters=20 model.freeze=[a, b]")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "--logprobs - configs/other.yaml"),
+        (["OUT=o"], "--logprobs o configs/other.yaml"),
+        (["DATA=d", "OUT=o"], "--logprobs o configs/other.yaml data.dataset_param.basic_parameters.dataset=d"),
+    ],
+)
+def test_log_probabilities_are_computed_where_a_run_would_train(
+    run: Run, project: Path, given: list[str], words: str
+) -> None:
+    assert run("make", "logprobs", "CONFIG=configs/other.yaml", *given).returncode == 0
+    assert calls(project)[-1].startswith("-m qwen35.launch --nproc_per_node 2 ")
+    assert calls(project)[-1].endswith(f" {words}")
+    assert "OUT is not set" in run("make", "logprobs", "CONFIG=configs/other.yaml", "DATA=d").stderr
+    assert "leave HOSTS out" in run("make", "logprobs", "CONFIG=configs/other.yaml", "HOSTS=env.sh").stderr
 
 
 def test_a_run_that_make_started_knows_its_parent(run: Run, project: Path) -> None:

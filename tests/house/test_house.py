@@ -26,14 +26,14 @@ ROOMS = {
     "config": 1_165,
     "model": 1_495,
     "checkpoint": 3_575,
-    "data": 6_960,
+    "data": 6_975,
     "parallel": 660,
     "inference": 1_280,
     "training": 2_620,
     "tools": 1_735,
     "launch": 1_515,
 }
-ON_TOP = ("rank", "preflight", "train", "convert")
+ON_TOP = ("rank", "preflight", "train", "logprobs", "convert")
 BUDGETS = {
     "qwen35": 1_650,
     "kernels": 3_590,

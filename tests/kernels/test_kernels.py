@@ -273,7 +273,33 @@ def test_linear_cross_entropy_in_bf16_stays_near_fp32():
     assert error(hidden.grad, exact[0].grad) <= 2e-2 and error(weight.grad, exact[1].grad) <= 2e-2
 
 
-def test_linear_cross_entropy_never_holds_all_logits(monkeypatch):
+@pytest.mark.parametrize("chunk", [1 << 25, 1], ids=["one chunk", "many chunks"])
+@pytest.mark.parametrize("count", [0, 1, 17, 100])
+def test_token_log_probs(chunk, count, monkeypatch):
+    """The gradient of any function of them, and none of a weight that is frozen."""
+    monkeypatch.setattr(kernels.cross_entropy, "CHUNK_LOGITS", chunk)
+    rows = torch.randperm(100)[:count].sort().values
+    labels = torch.full((100,), -100)
+    labels[rows] = torch.randint(0, 50, (count,))
+    mine = [torch.randn(100, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()]
+    exact = [x.detach().double().requires_grad_() for x in mine]
+    truth = reference.token_log_probs(*exact, labels)
+    grads = torch.autograd.grad(truth.square().sum(), exact)
+    for given in (rows, None):
+        ours = kernels.token_log_probs(*mine, labels, given)
+        assert ours.dtype == torch.float32 and not ours[labels < 0].any()
+        assert torch.allclose(ours.double(), truth, rtol=1e-6, atol=1e-6)
+        for a, b in zip(torch.autograd.grad(ours.square().sum(), mine), grads, strict=True):
+            assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-5)
+        token_loss = kernels.linear_cross_entropy(*mine, labels, torch.ones(100), given)[1]
+        assert torch.equal(-token_loss, ours)  # the same bits
+    hidden, frozen = mine[0], mine[1].detach()
+    monkeypatch.setattr(native, "head_weight_grad", None)  # which would be called
+    ours = kernels.token_log_probs(hidden, frozen, labels, rows).square().sum()
+    assert torch.allclose(torch.autograd.grad(ours, hidden)[0].double(), grads[0], rtol=1e-5, atol=1e-5)
+
+
+def test_no_head_ever_holds_all_logits(monkeypatch):
     monkeypatch.setattr(kernels.cross_entropy, "CHUNK_LOGITS", 16 * 1000)
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -287,9 +313,14 @@ def test_linear_cross_entropy_never_holds_all_logits(monkeypatch):
             return out
 
     hidden, weight = torch.randn(256, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
-    with Largest() as largest:
-        kernels.linear_cross_entropy(hidden, weight, torch.randint(0, 1000, (256,)), torch.ones(256))[0].backward()
-    assert largest.size == 16 * 1000  # of 256,000
+    labels, ones = torch.randint(0, 1000, (256,)), torch.ones(256)
+    for loss in (
+        lambda: kernels.linear_cross_entropy(hidden, weight, labels, ones)[0],
+        lambda: kernels.token_log_probs(hidden, weight, labels).sum(),
+    ):
+        with Largest() as largest:
+            loss().backward()
+        assert largest.size == 16 * 1000  # of 256,000
 
 
 def test_no_labels_give_zero_loss_and_zero_gradients():
@@ -387,6 +418,7 @@ def test_gradients_in_fp64():
     inputs = (torch.randn(T, 3, **d), torch.randn(5, 3, **d))
     scale = torch.rand(T, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *a: kernels.linear_cross_entropy(*a, labels, scale)[0], inputs)
+    assert torch.autograd.gradcheck(lambda *a: kernels.token_log_probs(*a, labels), inputs)
 
 
 # -- selection -------------------------------------------------------------------------------------

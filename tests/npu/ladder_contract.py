@@ -26,6 +26,7 @@ CASES = {
     "apply_rotary": ([(20, 4, 32), (20, 2, 32)], (ANGLE.cos(), ANGLE.sin())),
     "swiglu": ([(20, 48)], ()),
     "linear_cross_entropy": ([(20, 16), (50, 16)], (torch.tensor([-100, *range(19)]), torch.ones(20))),
+    "token_log_probs": ([(20, 16), (50, 16)], (torch.tensor([-100, *range(19)]),)),
     "moe_experts": (EXPERTS, ()),
     ADAPTED: ([*EXPERTS, (8, 4, 16), (8, 48, 4), (8, 4, 24), (8, 16, 4)], ()),
 }

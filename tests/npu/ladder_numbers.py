@@ -247,6 +247,21 @@ def test_linear_cross_entropy(chunk, told, monkeypatch):
         assert error(a.grad, b.grad) <= 1e-6
 
 
+@pytest.mark.parametrize("chunk", [1 << 27, 1], ids=["one chunk", "many chunks"])
+def test_token_log_probs(chunk, monkeypatch):
+    monkeypatch.setattr(kernels.cross_entropy, "CHUNK_LOGITS", chunk)
+    labels = torch.randint(0, 50, (100,))
+    labels[::3] = -100
+    mine = [torch.randn(100, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()]
+    exact = [x.detach().double().requires_grad_() for x in mine]
+    grad = torch.randn(100)
+    for rows in (None, (labels >= 0).nonzero()[:, 0]):
+        ours, truth = fused.token_log_probs(*mine, labels, rows), reference.token_log_probs(*exact, labels)
+        assert ours.dtype == torch.float32 and error(ours, truth) <= 1e-6
+        pairs = zip(torch.autograd.grad(ours, mine, grad), torch.autograd.grad(truth, exact, grad), strict=True)
+        assert all(error(a, b) <= 1e-6 for a, b in pairs)
+
+
 def test_linear_cross_entropy_where_only_one_side_is_trained():
     labels, weights = torch.randint(0, 50, (20,)), torch.ones(20)
     for trained in (0, 1):

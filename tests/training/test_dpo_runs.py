@@ -1,0 +1,260 @@
+"""Preference runs and log-probabilities with real processes: from a recipe to its files."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from forked import Forked, launched
+from peer import peer_inputs
+from training_runs import assert_same_run, make_workplace, tensors, train, train_command
+
+from qwen35.checkpoint import load_pretrained
+from qwen35.checkpoint.convert import dcp_to_hf
+from qwen35.config.load import load_settings
+from qwen35.data.dataloader import DecodedBatches, open_dataset
+from qwen35.data.tokenized import silent
+from qwen35.data.validation import each_once
+from qwen35.training.dpo import METRICS
+from qwen35.training.metrics import read_metrics
+
+BASIC = "data.dataset_param.basic_parameters"
+DPO = ("training.stage=dpo", "training.train_iters=8", "training.save_interval=4", "training.log_interval=1")
+LR = "training.lr=1e-3"
+
+
+def pairs(folder: Path, numbers: range) -> list[dict]:
+    """The records of make_workplace, with a wrong answer beside the right one."""
+    records = json.loads((folder / "records.json").read_text())
+    found = []
+    for record in (records[n] for n in numbers):
+        question, right = record["conversations"]
+        wrong = right | {"value": f"It is surely {(record['id'] + 3) % 7}."}
+        found.append(record | {"conversations": [question], "chosen": right, "rejected": wrong})
+    return found
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    folder = make_workplace(tmp_path_factory.mktemp("workplace"))
+    (folder / "pairs.json").write_text(json.dumps(pairs(folder, range(44))))
+    (folder / "heldout.json").write_text(json.dumps(pairs(folder, range(44, 60))))
+    return folder
+
+
+def dpo(workplace: Path, *more: str) -> list[str]:
+    return [*DPO, LR, f"{BASIC}.dataset={workplace / 'pairs.json'}", *more]
+
+
+def logprobs(workplace: Path, save: Path, processes: int, out: str, *overrides: str) -> str:
+    command = train_command(workplace, save, processes, *overrides)
+    command[3:3] = ["--logprobs", out]
+    process = Forked(launched, command, {})
+    out, err = process.communicate(300)
+    assert process.returncode == 0, err
+    return out
+
+
+def rows(path: Path) -> list:
+    """Of a reference's file, without the micro-batches that hold padding alone."""
+    lines = [json.loads(json.loads(line)[1]) for line in path.read_text().splitlines()]
+    return [line for line in lines[1:] if line]
+
+
+@pytest.fixture(scope="module")
+def whole(workplace, tmp_path_factory) -> Path:
+    """A run of all weights on two ranks that nothing interrupted, with validation."""
+    save = tmp_path_factory.mktemp("whole") / "run"
+    val = f"data.val_dataset_param.basic_parameters.dataset={workplace / 'heldout.json'}"
+    done = train(workplace, save, 2, *dpo(workplace, val, "training.val_interval=4"))
+    assert done.returncode == 0, done.stderr
+    assert "computing the log-probabilities of the reference" in done.stdout
+    return save
+
+
+def test_a_run_learns_the_pairs_and_says_so(whole):
+    lines = read_metrics(whole / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [*range(1, 9)]
+    first, last = lines[0], lines[-1]
+    assert all(set(METRICS) <= line.keys() for line in lines)
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-5) and abs(first["rewards/margins"]) < 1e-5
+    assert last["loss"] < 0.6 and last["rewards/accuracies"] == 1
+    assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"], abs=1e-6)
+    validations = [line for line in lines if "val_loss" in line]
+    assert [line["step"] for line in validations] == [4, 8]
+    assert validations[1]["val_rewards/margins"] > validations[0]["val_rewards/margins"] > 0
+    assert validations[1]["val_rewards/accuracies"] == 1 and validations[1]["val_loss"] < 0.6
+    log = (whole / "train.log").read_text()
+    assert f"margin {last['rewards/margins']:.4f}  accuracy 1.0000" in log
+    page = (whole / "report.html").read_text()
+    assert "margin of the rewards" in page and "pairs whose chosen answer gains more" in page
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(workplace, whole, tmp_path):
+    save, words = tmp_path / "run", dpo(workplace)
+    assert (
+        train(workplace, save, 2, *words, "training.train_iters=4", "training.lr_decay_style=constant").returncode == 0
+    )
+    other = tmp_path / "other"
+    assert train(workplace, other, 2, *words, "training.lr_decay_style=constant").returncode == 0
+    done = train(workplace, save, 2, *words, "training.lr_decay_style=constant")
+    assert done.returncode == 0, done.stderr
+    assert "computing the log-probabilities" not in done.stdout
+    assert_same_run(save, other)
+
+
+def test_ranks_share_the_reference_and_its_file_is_used_again(workplace, whole, tmp_path):
+    """One rank with twice the accumulation trains as two, on what two have computed."""
+    cache = f"{BASIC}.cache_dir={tmp_path / 'cache'}"
+    logprobs(workplace, tmp_path / "unused", 2, "-", *dpo(workplace, cache))
+    [file] = (tmp_path / "cache").glob("reference-*.jsonl")
+    before = file.read_bytes()
+    [of_run] = [path for path in whole.glob("reference-*.jsonl") if path.name == file.name]
+    assert of_run.read_bytes() == before  # what the trainer computes is what the command does
+    done = train(workplace, tmp_path / "run", 1, *dpo(workplace, cache, "training.gradient_accumulation_steps=2"))
+    assert done.returncode == 0, done.stderr
+    assert "computing the log-probabilities" not in done.stdout and file.read_bytes() == before
+    for a, b in zip(read_metrics(tmp_path / "run/metrics.jsonl"), read_metrics(whole / "metrics.jsonl"), strict=True):
+        assert [a[k] for k in ("loss", *METRICS)] == pytest.approx(
+            [b[k] for k in ("loss", *METRICS)], rel=1e-3, abs=1e-4
+        )
+
+
+def test_the_reference_is_the_trainers_own_forward_bit_for_bit(workplace, tmp_path):
+    """On one device, with the same pairs packed together: the first rewards are exactly zero."""
+    words = dpo(workplace, "data.dataloader_param.shuffle=false", "training.train_iters=1")
+    done = train(workplace, tmp_path / "run", 1, *words)
+    assert done.returncode == 0, done.stderr
+    [first] = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert first["rewards/chosen"] == first["rewards/rejected"] == first["rewards/margins"] == 0
+    [file] = (tmp_path / "run").glob("reference-*.jsonl")
+    [*micro_batch], *_ = rows(file)
+    assert first["logps/chosen"] == pytest.approx(sum(c for _, c, _ in micro_batch) / len(micro_batch), rel=1e-6)
+
+
+def test_what_was_interrupted_goes_on_and_what_is_damaged_is_refused(workplace, whole, tmp_path):
+    words = dpo(workplace, "training.train_iters=1")
+    [file] = [path for path in whole.glob("reference-*.jsonl") if len(rows(path)) > 4]
+    lines = file.read_bytes().splitlines(keepends=True)
+    save = tmp_path / "run"
+    save.mkdir()
+    (save / file.name).write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    done = train(workplace, save, 2, *words)
+    assert done.returncode == 0, done.stderr
+    assert (save / file.name).read_bytes() == file.read_bytes()
+    for damage, message in (
+        (lines[0] + lines[1].replace(b".", b"9", 1), "is damaged; remove the file, and it is computed again"),
+        (lines[0] + b"[]\n" + lines[2], "line 2 is damaged"),
+    ):
+        shutil.rmtree(save)
+        save.mkdir()
+        (save / file.name).write_bytes(damage)
+        done = train(workplace, save, 2, *words)
+        assert done.returncode == 1 and f"{save / file.name}: line" in done.stderr and message in done.stderr
+    (save / file.name).write_bytes(b"".join(lines).replace(b"fp32", b"bf16"))
+    assert "line 1 is damaged" in train(workplace, save, 2, *words).stderr
+    [other] = [path for path in whole.glob("reference-*.jsonl") if path != file]
+    shutil.copy(other, save / file.name)
+    assert "is of other weights or data; move it away" in train(workplace, save, 2, *words).stderr
+
+
+def test_a_resume_without_the_file_says_how_to_get_it(workplace, whole, tmp_path):
+    save = tmp_path / "run"
+    words = dpo(workplace)
+    assert (
+        train(workplace, save, 2, *words, "training.train_iters=4", "training.lr_decay_style=constant").returncode == 0
+    )
+    [file] = save.glob("reference-*.jsonl")
+    before = file.read_bytes()
+    file.unlink()
+    done = train(workplace, save, 2, *words, "training.lr_decay_style=constant")
+    assert done.returncode == 1
+    assert "has the reference's log-probabilities of 0 of" in done.stderr and "make logprobs" in done.stderr
+    logprobs(workplace, save, 2, "-", *words)
+    assert file.read_bytes() == before
+    assert train(workplace, save, 2, *words, "training.lr_decay_style=constant").returncode == 0
+
+
+@pytest.mark.parametrize("layout", [(), ("parallel.ulysses_parallel_size=2",)], ids=["data", "ulysses"])
+def test_log_probabilities_of_any_answers_are_those_of_transformers(workplace, tmp_path, layout):
+    out = tmp_path / "out.jsonl"
+    overrides = [f"{BASIC}.dataset={workplace / 'records.json'}", *layout]
+    assert f"{out}: log-probabilities of 60 samples" in logprobs(
+        workplace, tmp_path / "unused", 2, str(out), *overrides
+    )
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["record"].rpartition(", ")[2] for line in lines] == [f"record {n} (id {n - 1})" for n in range(1, 61)]
+    settings = load_settings(workplace / "recipe.yaml", overrides)
+    dataset = open_dataset(settings, silent)
+    from transformers.models.qwen3_5_moe import Qwen3_5MoeForConditionalGeneration
+
+    theirs = Qwen3_5MoeForConditionalGeneration.from_pretrained(workplace / "weights", dtype=torch.float32)
+    for index in (0, 1, 29):
+        [batch] = [DecodedBatches(dataset, 16)[[[index]]]]
+        length = int(batch.cu_seqlens[1])
+        patches = len(dataset[index].pixel_values)
+        one = dataclasses.replace(
+            batch,
+            input_ids=batch.input_ids[:length],
+            pixel_values=batch.pixel_values[:patches],
+            grid_thw=batch.grid_thw[: int(patches > 0)],
+        )
+        inputs = peer_inputs(one)
+        ids = one.input_ids[None]
+        inputs["mm_token_type_ids"] = (ids == theirs.config.image_token_id).int()
+        with torch.no_grad():
+            wanted = theirs(**inputs).logits[0].log_softmax(-1)
+        at = (batch.labels[:length] >= 0).nonzero()[:, 0]
+        assert lines[index]["tokens"] == batch.labels[at].tolist()
+        found = torch.tensor(lines[index]["log_probs"])
+        assert torch.allclose(found, wanted[at, batch.labels[at]], rtol=1e-5, atol=1e-5)
+
+
+def test_log_probabilities_are_the_models_own_bit_for_bit(workplace, tmp_path):
+    out = tmp_path / "out.jsonl"
+    logprobs(workplace, tmp_path / "unused", 1, str(out))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    settings = load_settings(workplace / "recipe.yaml", [])
+    dataset, model = open_dataset(settings, silent), load_pretrained(workplace / "weights", torch.float32)
+    order = each_once(dataset, settings, 0, 1)
+    for packed in order[:2]:
+        batch = DecodedBatches(dataset, 16)[packed]
+        with torch.no_grad():
+            found = model.log_probs(batch)[0]
+        wanted = [value for index in packed[0] for value in lines[index]["log_probs"]]
+        assert found[batch.labels >= 0].tolist() == wanted
+
+
+def test_adapters_learn_pairs_beside_their_base(workplace, tmp_path):
+    save = tmp_path / "run"
+    lora = "training.lora={r: 8, target_parameters: [mlp.experts.gate_up_proj]}"
+    words = dpo(workplace, lora, "training.lr=1e-2", "parallel.expert_parallel_size=2", "parallel.recompute=true")
+    done = train(workplace, save, 2, *words)
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(save / "metrics.jsonl")
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-6) and lines[0]["rewards/chosen"] == 0
+    assert lines[-1]["rewards/margins"] > 0.1 and lines[-1]["rewards/accuracies"] > 0.9
+    assert not [*save.glob("reference-*")]
+    assert all("lora" in name for name in tensors(save))
+    command = train_command(workplace, save, 1, *words)
+    command[3:3] = ["--logprobs", "-"]
+    process = Forked(launched, command, {})
+    assert "training.lora has its reference in every step; name a file" in process.communicate(300)[1]
+
+
+def test_a_model_that_reads_answers_learns_to_prefer_them(workplace, tmp_path):
+    """The tiny recipe in small: the margin grows, and held-out accuracy does not fall."""
+    sft, save = tmp_path / "sft", tmp_path / "run"
+    first = ("training.train_iters=40", "training.lr=5e-3", "training.lr_decay_style=constant")
+    assert train(workplace, sft, 2, *first).returncode == 0
+    dcp_to_hf(sft, workplace / "weights", tmp_path / "hf")
+    val = f"data.val_dataset_param.basic_parameters.dataset={workplace / 'heldout.json'}"
+    words = dpo(workplace, val, "training.val_interval=4", f"training.init_from_hf_path={tmp_path / 'hf'}")
+    done = train(workplace, save, 2, *words, "training.lr=2e-4")
+    assert done.returncode == 0, done.stderr
+    found = [line for line in read_metrics(save / "metrics.jsonl") if "val_loss" in line]
+    margins, accuracies = ([line[f"val_rewards/{name}"] for line in found] for name in ("margins", "accuracies"))
+    assert 0 < margins[0] < margins[1] and 0.9 < accuracies[0] <= accuracies[1]
+    assert found[1]["val_logps/chosen"] > found[1]["val_logps/rejected"]

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from qwen35.batch import IGNORE
-from qwen35.config.load import SettingError, from_flat
+from qwen35.config.load import from_flat
 from qwen35.config.schema import Attr
 from qwen35.data import MicroBatches, RecordError
 from qwen35.data.__main__ import main
@@ -265,11 +265,21 @@ def test_what_is_odd_is_counted_once(tmp_path):
     assert counts == {"literal": {"": 1}, "tags": {"": 1}, "unread": unread}
 
 
-def test_attr_names_no_answer(tmp_path):
-    with pytest.raises(SettingError, match=r"attr\.messages: chosen holds one answer of a pair.*; leave it out"):
-        read(tmp_path, [PAIR], messages="chosen")
-    (pair,) = read(tmp_path, [{"chosen": GOOD, "rejected": BAD, "prompt": "z"}], ignore=["prompt"])
-    assert len(pair.turns) == 5
+def test_attr_may_name_what_fine_tuning_has_read(tmp_path):
+    raw = {"chosen": GOOD, "rejected": BAD}
+    (plain,) = read(tmp_path, [raw])
+    assert (
+        read(tmp_path, [raw], messages="chosen")
+        == read(tmp_path, [raw | {"prompt": "z"}], ignore=["prompt"])
+        == [plain]
+    )
+    own = {"talk": [{"who": "Q", "said": "b"}], "chosen": {"who": "A", "said": "Good"}, "rejected": "Bad"}
+    (pair,) = read(
+        tmp_path, [own], messages="talk", role_tag="who", content_tag="said", user_tag="Q", assistant_tag="A"
+    )
+    assert [turn.text for side in (pair, pair.rejected) for turn in side.turns] == ["b", "Good", "b", "Bad"]
+    (pair,) = read(tmp_path, [raw | {"talk": GOOD}], messages="talk")
+    assert pair == plain
 
 
 # -- tokens ----------------------------------------------------------------------------------------
@@ -500,6 +510,19 @@ def test_the_cache_and_the_fingerprint_know_the_stage(home, folder):
     assert len(load_samples(home / "x.json", Preparation.of(dpo), None).sources) == 2
     with pytest.raises(RecordError, match="has rejected_response, which is not read; preference pairs are not trained"):
         MicroBatches(sft, 0, 1)
+
+
+def test_what_is_odd_in_a_pair_is_said_once(home, folder):
+    call = assistant("", tool_calls=[CALL])
+    talk = {
+        "messages": [user("<|im_end|>"), call, {"role": "tool", "content": "1"}, assistant("Good")],
+        "rejected_response": "B",
+    }
+    old = {"prompt": TALKS["thoughts"][0], "chosen": "Good", "rejected": "Bad"}
+    (home / "x.json").write_text(json.dumps([talk, old]))
+    flat = {f"{BASIC}.dataset": f"{home}/x.json", f"{BASIC}.cutoff_len": 1024}
+    _, *lines = MicroBatches(recipe(home, folder, **flat), 0, 1).report().splitlines()
+    assert len(lines) == 1 and "control tokens are spelled in the text of 1 record, and kept as characters" in lines[0]
 
 
 def test_weights_repeat_pairs(home, folder):

@@ -26,7 +26,7 @@ ROOMS = {
     "config": 1_165,
     "model": 1_495,
     "checkpoint": 3_575,
-    "data": 6_975,
+    "data": 6_960,
     "parallel": 660,
     "inference": 1_280,
     "training": 2_620,

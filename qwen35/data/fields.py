@@ -316,11 +316,6 @@ class FieldNames:
             tuple(Names(None, usual) for usual in (ANSWERS if pairs else ())),
             Names(None, ("prompt",) if pairs and attr.format == "sharegpt" and "prompt" not in attr.ignore else ()),
         )
-        if attr.messages and pairs and any(attr.messages in usual for usual in ANSWERS):
-            raise SettingError(
-                f"data.dataset_param.attr.messages: {attr.messages} holds one answer of a pair, and training.stage: dpo reads "
-                "both; leave it out"
-            )
         needed = {*names.read, *names.role.all_names(), *names.content.all_names(), *BESIDE_CONTENT}
         if wrong := [name for name in attr.ignore if name in needed]:
             raise SettingError(

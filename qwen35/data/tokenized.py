@@ -139,12 +139,7 @@ def tokenised_records(
         except RecordError as error:
             skip(error)
         else:
-            if warnings is not None and record.rejected:
-                counts = [DataWarnings() for _ in parts]
-                for found, part in zip(counts, parts, strict=True):
-                    count_parts(found, part[0], [part], preparation)
-                warnings.count_once(counts)
-            elif warnings is not None:
+            if warnings is not None:
                 count_parts(warnings, record, parts, preparation)
             yield record, parts
 
@@ -159,13 +154,14 @@ def count_parts(
     warnings.count_spelled(spelled, record.source)
     for kind in max((sample.odd for _, sample in parts), key=len):
         warnings.count(kind, 1, record.source)
-    wanted = wanted_answers(record, preparation.basic.mask_history)
+    sides = [record, record.rejected] if record.rejected else [record]
+    wanted = [side.turns[i] for side in sides for i in wanted_answers(side, preparation.basic.mask_history)]
     trained = sum(len(wanted_answers(part, False)) - sample.unseen for part, sample in parts)
     marked = sum(turn.loss is True and turn.role == "assistant" for turn in record.turns)
     for kind, count in (
-        ("split", len(parts) > 1),
+        ("split", len(parts) > len(sides)),
         ("thoughts", sum(dropped_thoughts(part, preparation.style) for part, _ in parts)),
-        ("masked", marked and marked - sum(record.turns[i].loss is True for i in wanted)),
+        ("masked", marked and marked - sum(turn.loss is True for turn in wanted)),
         ("unseen", len(wanted) - trained),
     ):
         if count:

@@ -14,9 +14,10 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from qwen35.batch import IGNORE
-from qwen35.config.load import SettingError, from_flat
+from qwen35.config.load import from_flat
 from qwen35.config.schema import Attr
 from qwen35.data import MicroBatches, RecordError
+from qwen35.data.__main__ import main
 from qwen35.data.collator import vision_spec
 from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.dataset import Dataset
@@ -264,11 +265,21 @@ def test_what_is_odd_is_counted_once(tmp_path):
     assert counts == {"literal": {"": 1}, "tags": {"": 1}, "unread": unread}
 
 
-def test_attr_names_no_answer(tmp_path):
-    with pytest.raises(SettingError, match=r"attr\.messages: chosen holds one answer of a pair.*; leave it out"):
-        read(tmp_path, [PAIR], messages="chosen")
-    (pair,) = read(tmp_path, [{"chosen": GOOD, "rejected": BAD, "prompt": "z"}], ignore=["prompt"])
-    assert len(pair.turns) == 5
+def test_attr_may_name_what_fine_tuning_has_read(tmp_path):
+    raw = {"chosen": GOOD, "rejected": BAD}
+    (plain,) = read(tmp_path, [raw])
+    assert (
+        read(tmp_path, [raw], messages="chosen")
+        == read(tmp_path, [raw | {"prompt": "z"}], ignore=["prompt"])
+        == [plain]
+    )
+    own = {"talk": [{"who": "Q", "said": "b"}], "chosen": {"who": "A", "said": "Good"}, "rejected": "Bad"}
+    (pair,) = read(
+        tmp_path, [own], messages="talk", role_tag="who", content_tag="said", user_tag="Q", assistant_tag="A"
+    )
+    assert [turn.text for side in (pair, pair.rejected) for turn in side.turns] == ["b", "Good", "b", "Bad"]
+    (pair,) = read(tmp_path, [raw | {"talk": GOOD}], messages="talk")
+    assert pair == plain
 
 
 # -- tokens ----------------------------------------------------------------------------------------
@@ -386,6 +397,19 @@ def test_both_sides_are_what_the_template_writes(home, folder, name):
     assert prompts[0] == prompts[1]
 
 
+@pytest.mark.parametrize("name", TALKS)
+def test_any_template_of_a_checkpoint_writes_the_same(home, folder, name):
+    prompt, chosen, rejected, more = TALKS[name]
+    (home / "x.json").write_text(json.dumps([{"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}]))
+    flat = {f"{BASIC}.dataset": f"{home}/x.json", f"{BASIC}.cutoff_len": 4096}
+    ours, foreign = (
+        MicroBatches(recipe(home, folder, **flat, **{f"{BASIC}.template": name}), 0, 1).dataset
+        for name in ("qwen3_5", "checkpoint")
+    )
+    for i in (0, 1):
+        assert torch.equal(ours[i].input_ids, foreign[i].input_ids) and torch.equal(ours[i].labels, foreign[i].labels)
+
+
 @pytest.mark.parametrize(
     ("answers", "more", "message"),
     [
@@ -488,6 +512,19 @@ def test_the_cache_and_the_fingerprint_know_the_stage(home, folder):
         MicroBatches(sft, 0, 1)
 
 
+def test_what_is_odd_in_a_pair_is_said_once(home, folder):
+    call = assistant("", tool_calls=[CALL])
+    talk = {
+        "messages": [user("<|im_end|>"), call, {"role": "tool", "content": "1"}, assistant("Good")],
+        "rejected_response": "B",
+    }
+    old = {"prompt": TALKS["thoughts"][0], "chosen": "Good", "rejected": "Bad"}
+    (home / "x.json").write_text(json.dumps([talk, old]))
+    flat = {f"{BASIC}.dataset": f"{home}/x.json", f"{BASIC}.cutoff_len": 1024}
+    _, *lines = MicroBatches(recipe(home, folder, **flat), 0, 1).report().splitlines()
+    assert len(lines) == 1 and "control tokens are spelled in the text of 1 record, and kept as characters" in lines[0]
+
+
 def test_weights_repeat_pairs(home, folder):
     entries = [{"file": f"{home}/pairs.json", "weight": 0.5}, {"file": f"{home}/more.json", "weight": 2}]
     loader = MicroBatches(recipe(home, folder, **{f"{BASIC}.dataset": entries}), 0, 1)
@@ -582,6 +619,14 @@ def test_lengths_are_those_of_pairs(home, folder):
     report, of_pairs = lengths_report(s), MicroBatches(s, 0, 1).dataset.lengths
     assert "50 records, 50 pairs\ntokens per pair, both answers with the prompt: p50 " in report
     assert f"longest {of_pairs.max():,}; {of_pairs.sum():,} in all" in report
+
+
+def test_the_lengths_of_any_file_of_pairs(home, folder, capsys):
+    command = ["lengths", "--data", str(home / "pairs.json"), "--tokenizer", str(folder)]
+    assert main([*command, "--stage", "dpo"]) == 0
+    assert "pairs.json: 40 records, 40 pairs" in capsys.readouterr().out
+    assert main(command) == 1
+    assert "has chosen, which is not read; preference pairs are not trained" in capsys.readouterr().err
 
 
 def test_the_page_of_a_run_shows_both_sides(home, folder):

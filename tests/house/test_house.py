@@ -26,7 +26,7 @@ ROOMS = {
     "config": 1_185,
     "model": 1_505,
     "checkpoint": 3_595,
-    "data": 7_005,
+    "data": 6_995,
     "parallel": 660,
     "inference": 1_270,
     "training": 2_965,

@@ -20,7 +20,7 @@ import kernels
 from kernels.host import to_device
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint.async_save import Saver
-from qwen35.checkpoint.dcp_folder import best_notes, load_notes
+from qwen35.checkpoint.dcp_folder import load_notes
 from qwen35.checkpoint.dcp_write import run_sharing_errors
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.checkpoint.hf import check_export, not_read
@@ -172,8 +172,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     about = start_message(settings, device, layout, model, f"{table}\n{group_table(optimizer, t.lr)}")
     notes = [*serving_warnings(model), *micro_batches.notes, *start.notes]
     logger.info("\n".join([about, *notes, micro_batches.summary()]))
-    ignored += [*load_notes(t.load or "", weights), *best_notes(t.load or "", weights)]
-    log_warnings([*ignored, *start.warnings, *micro_batches.warnings()])
+    log_warnings([*ignored, *load_notes(t.load or "", weights), *start.warnings, *micro_batches.warnings()])
     if validation:
         validation.log_report(micro_batches.dataset)
     if step < steps:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from qwen35.checkpoint.dcp import read_info, write_extra
-from qwen35.checkpoint.dcp_folder import ITERATION, MANIFEST, RELEASE, best_notes, load_notes, resolve_load, stamp
+from qwen35.checkpoint.dcp_folder import ITERATION, MANIFEST, RELEASE, load_notes, resolve_load, stamp
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError, abbreviate
 from qwen35.checkpoint.folders import check_disjoint, check_free_space, check_replaceable
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             written = hf_to_dcp(args.hf_dir, args.dcp_dir, args.tie_weight_mapping)
         else:
             checkpoint = resolve_load(args.dcp_dir)
-            notes = [*load_notes(args.dcp_dir, checkpoint), *best_notes(args.dcp_dir, checkpoint)]
+            notes = load_notes(args.dcp_dir, checkpoint)
             for line in [*notes, f"weights from {checkpoint}"]:
                 print(line, flush=True)
             convert = dcp_to_peft if args.adapter else dcp_to_hf

@@ -185,7 +185,7 @@ def resolve_load(path: str | Path) -> Path:
 
 
 def load_notes(path: str | Path, chosen: Path) -> list[str]:
-    """Messages about the checkpoint chosen in a folder: which newer ones were not, and why."""
+    """Messages about the checkpoint chosen in a folder: newer ones that were not, and the best."""
     folder = Path(path)
     if chosen.parent != folder:  # it was named itself, or is another folder's
         return []
@@ -193,7 +193,7 @@ def load_notes(path: str | Path, chosen: Path) -> list[str]:
     lines = [f"{broken} is incomplete and was skipped ({why})" for broken, why in skipped]
     if (named := latest(folder)) not in (None, chosen.name):
         lines.append(f"{folder / LATEST} names {named}, but {chosen.name} is newer and complete, and is used")
-    return lines
+    return lines + best_notes(folder, chosen)
 
 
 def best_notes(path: str | Path, chosen: Path) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qwen35.checkpoint.dcp import check_fit
-from qwen35.checkpoint.dcp_folder import best_notes, load_notes, resolve_load
+from qwen35.checkpoint.dcp_folder import load_notes, resolve_load
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import empty_model, export_notes, load_pretrained, stored_dtypes
 from qwen35.checkpoint.hf_names import published_dtype, shapes_of
@@ -70,7 +70,7 @@ def find_model(model: str | Path, hf: str | Path | None = None) -> ModelSource:
             return ModelSource(folder, folder, folder)
         asked = (f"{folder}: asked as its run's {recipe} says", *export_notes(folder))
         return ModelSource(folder, folder, folder, train_set, asked)
-    told = (*load_notes(folder, weights), *best_notes(folder, weights), f"weights from {weights}")
+    told = (*load_notes(folder, weights), f"weights from {weights}")
     messages = () if weights == folder else told
     if hf is not None:
         return ModelSource(weights, Path(hf), Path(hf), train_set, messages)

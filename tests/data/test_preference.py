@@ -93,7 +93,7 @@ def test_every_format_says_the_same(tmp_path, name):
     assert pair.turns == (*prompt, Turn("assistant", "Good"))
     assert pair.rejected.turns == (*prompt, Turn("assistant", "Bad"))
     assert pair.source == pair.rejected.source == f"{tmp_path}/x.json, record 1" and pair.rejected.rejected is None
-    assert warnings.counts == {}
+    assert warnings.counts.keys() == ({"unnamed"} if "query" in name else set())  # LLaMA-Factory leaves history out
 
 
 def test_pairs_of_a_table(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from qwen35.batch import IGNORE
 from qwen35.config.load import SettingError, from_flat
 from qwen35.config.schema import Attr
 from qwen35.data import MicroBatches, RecordError
+from qwen35.data.__main__ import main
 from qwen35.data.collator import vision_spec
 from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.dataset import Dataset
@@ -386,6 +387,19 @@ def test_both_sides_are_what_the_template_writes(home, folder, name):
     assert prompts[0] == prompts[1]
 
 
+@pytest.mark.parametrize("name", TALKS)
+def test_any_template_of_a_checkpoint_writes_the_same(home, folder, name):
+    prompt, chosen, rejected, more = TALKS[name]
+    (home / "x.json").write_text(json.dumps([{"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}]))
+    flat = {f"{BASIC}.dataset": f"{home}/x.json", f"{BASIC}.cutoff_len": 4096}
+    ours, foreign = (
+        MicroBatches(recipe(home, folder, **flat, **{f"{BASIC}.template": name}), 0, 1).dataset
+        for name in ("qwen3_5", "checkpoint")
+    )
+    for i in (0, 1):
+        assert torch.equal(ours[i].input_ids, foreign[i].input_ids) and torch.equal(ours[i].labels, foreign[i].labels)
+
+
 @pytest.mark.parametrize(
     ("answers", "more", "message"),
     [
@@ -582,6 +596,14 @@ def test_lengths_are_those_of_pairs(home, folder):
     report, of_pairs = lengths_report(s), MicroBatches(s, 0, 1).dataset.lengths
     assert "50 records, 50 pairs\ntokens per pair, both answers with the prompt: p50 " in report
     assert f"longest {of_pairs.max():,}; {of_pairs.sum():,} in all" in report
+
+
+def test_the_lengths_of_any_file_of_pairs(home, folder, capsys):
+    command = ["lengths", "--data", str(home / "pairs.json"), "--tokenizer", str(folder)]
+    assert main([*command, "--stage", "dpo"]) == 0
+    assert "pairs.json: 40 records, 40 pairs" in capsys.readouterr().out
+    assert main(command) == 1
+    assert "has chosen, which is not read; preference pairs are not trained" in capsys.readouterr().err
 
 
 def test_the_page_of_a_run_shows_both_sides(home, folder):

@@ -26,7 +26,7 @@ ROOMS = {
     "config": 1_170,
     "model": 1_505,
     "checkpoint": 3_575,
-    "data": 6_970,
+    "data": 6_975,
     "parallel": 660,
     "inference": 1_280,
     "training": 2_945,

@@ -172,9 +172,13 @@ def test_missing_kernel_sync_and_copy_are_refused(recipe, capsys, monkeypatch, m
 
 
 def test_peak_over_the_memory_is_refused(recipe, capsys):
-    assert main([recipe, "--memory-gb", "1"]) == 1
-    [line] = capsys.readouterr().err.splitlines()
-    assert "ward, and an NPU has NPU_MEMORY_GB=1; most of it is" in line and "NODES" in line
+    """With what would be enough by arithmetic, if anything is; the first line says so, too."""
+    for memory, remedy in ((1, "no setting alone is enough"), (5, "training.optimizer=adamw_swap (5 GB)")):
+        assert main([recipe, "--memory-gb", str(memory)]) == 1
+        out, err = capsys.readouterr()
+        [line] = err.splitlines()
+        assert f"ward, and an NPU has NPU_MEMORY_GB={memory}; most of it is" in line and remedy in line
+        assert out.startswith("DOES NOT FIT: 5.2 of ") and "make plan" in line
 
 
 def test_bytes_and_workspaces_of_torch_npus_operators():

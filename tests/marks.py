@@ -25,6 +25,7 @@ SLOW = (  # 8 to 70 s of processor time each, as measured
     "data/test_dataloader.py",
     "inference/test_generate_command.py",
     "model/test_step.py",
+    "rehearse/test_plan.py",
     "rehearse/test_rehearse.py",
 )
 

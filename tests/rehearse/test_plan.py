@@ -4,6 +4,7 @@ import json
 import math
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,8 +35,9 @@ def poisoned_memory():
     """Turned off: filling new tensors would add operators and touch more memory."""
 
 
-@pytest.fixture
-def settings(tmp_path) -> Settings:
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Settings:
+    tmp_path = tmp_path_factory.mktemp("plan")
     kinds = ["linear_attention", "full_attention"] * 2
     config = config_dict(hidden_size=256, num_hidden_layers=4, moe_intermediate_size=128, layer_types=kinds)
     config["vision_config"] |= {"out_hidden_size": 256, "depth": 1}
@@ -55,6 +57,11 @@ def figures(settings: Settings, layout: Layout, world: int = 8) -> Figures:
     batches = [make_batch(settings, config, MIX)] * layout.accumulation
     r = rehearse(settings, config, batches, world, 4, torch.device("cpu"))
     return Figures(total_bytes(r, 0), dict(peak(r)[1].by_kind), 0, *best_and_worst(r, RateRange()))
+
+
+@pytest.fixture(scope="module")
+def known(settings) -> Figures:
+    return figures(settings, BASE)
 
 
 def test_layouts_train_as_many_tokens_and_divide_the_model(settings):
@@ -82,40 +89,40 @@ def test_layouts_train_as_many_tokens_and_divide_the_model(settings):
     ],
     ids=str,
 )
-def test_estimates_are_near_the_rehearsal(settings, change, tolerance):
+def test_estimates_are_near_the_rehearsal(settings, known, change, tolerance):
     """From one layout's figures to another's: memory, and what is sent within a fifth."""
     config = load_config(settings.model.model_name_or_path)
     sizes, layout = Sizes.of(settings, config, 8, 4), replace(BASE, **change)
-    found = estimate(layout, BASE, figures(settings, BASE), sizes, RateRange())
+    found = estimate(layout, BASE, known, sizes, RateRange())
     real = figures(settings, layout)
     assert found.bytes == pytest.approx(real.bytes, rel=tolerance)
     assert found.worst.communication == pytest.approx(real.worst.communication, rel=0.2)
     assert found.best.communication == pytest.approx(real.best.communication, rel=0.2)
 
 
-def test_adamw_swap_frees_the_moments_and_copies_them(settings):
+def test_adamw_swap_frees_the_moments_and_copies_them(settings, known):
     config = load_config(settings.model.model_name_or_path)
-    sizes, known = Sizes.of(settings, config, 8, 4), figures(settings, BASE)
+    sizes = Sizes.of(settings, config, 8, 4)
     found = estimate(replace(BASE, optimizer="adamw_swap"), BASE, known, sizes, RateRange())
     assert known.bytes - found.bytes == known.kinds["optimizer"]
     moments = 16 * (sizes.experts + sizes.others + sizes.ends) / 8
     assert found.worst.copies == pytest.approx(moments / RateRange().worst.copies)
 
 
-def test_lines_for_the_recipe_make_that_layout(settings, tmp_path):
+def test_lines_for_the_recipe_make_that_layout(settings):
     for layout in (BASE, Layout(4, 2, 2, 4, 1, "selective", True, "adamw_swap")):
         pasted = yaml.safe_load(layout.yaml())
         given = [f"{section}.{name}={value}" for section, part in pasted.items() for name, value in part.items()]
-        assert Layout.of(load_settings(tmp_path / "recipe.yaml", given)) == layout
+        assert Layout.of(load_settings(Path(settings.model.model_name_or_path, "recipe.yaml"), given)) == layout
 
 
 def options(**given) -> Namespace:
     return Namespace(**{"nodes": 2, "npus_per_node": 4, "memory_gb": 64, "tokens_per_step": None} | given)
 
 
-def test_a_plan_ends_with_what_was_rehearsed(settings):
+def test_a_plan_ends_with_what_was_rehearsed(settings, known):
     """The table has only layouts that fit, fastest first, and the recipe's own."""
-    plan, known = Plan(settings, MIX, options(), RateRange()), figures(settings, BASE)
+    plan = Plan(settings, MIX, options(), RateRange())
 
     class Pool:
         def submit(self, measure, applied):
@@ -135,10 +142,10 @@ def test_a_plan_ends_with_what_was_rehearsed(settings):
     assert shown[0] == pytest.approx(fitting[0], abs=0.01)
 
 
-def test_nothing_fits_and_steps_that_no_layout_takes(settings):
+def test_nothing_fits_and_steps_that_no_layout_takes(settings, known):
     with pytest.raises(SettingError, match=r"TOKENS_PER_STEP 1,000 .* multiple"):
         Plan(settings, MIX, options(tokens_per_step=1000), RateRange())
     plan = Plan(settings, MIX, options(), RateRange())
-    plan.figures = {BASE: replace(figures(settings, BASE), bytes=61 << 30)}
+    plan.figures = {BASE: replace(known, bytes=61 << 30)}
     with pytest.raises(RehearsalError, match=r"none of .* layouts fits into 60.8 GB"):
         list(plan.lines())

@@ -16,11 +16,9 @@ import torch.multiprocessing as mp
 import yaml
 from peer import config_dict, text_only
 from ports import free_port
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rehearse.step as rehearse_step
-from kernels import native
-from kernels.features import HAS_GROUPED_MM
 from qwen35.config.layout import check_layout
 from qwen35.config.load import difference, load_settings, to_yaml
 from qwen35.config.schema import LoraSettings, Settings
@@ -58,29 +56,6 @@ LORA = LoraSettings(r=8, target_parameters=("mlp.experts.gate_up_proj", "mlp.exp
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Turned off: filling new tensors would add operators and touch more memory."""
-
-
-class EqualShares(list):
-    """The experts' shares of the rows, in place of a tensor that cannot be read."""
-
-    def tolist(self) -> list[int]:
-        return self
-
-
-@pytest.fixture(autouse=True)
-def known_rows(monkeypatch):
-    """Without a grouped matmul on CPUs (torch < 2.10) the native one reads row counts."""
-
-    def known(op):
-        def with_known_rows(rows, other, ends):
-            if isinstance(ends, FakeTensor):
-                ends = EqualShares(len(rows) * i // len(ends) for i in range(1, len(ends) + 1))
-            return op(rows, other, ends)
-
-        return with_known_rows
-
-    for name in () if HAS_GROUPED_MM else ("grouped_matmul", "grouped_weight_grad"):
-        monkeypatch.setattr(native, name, known(getattr(native, name)))
 
 
 def recipe(

@@ -27,6 +27,7 @@ from qwen35.config.layout import check_layout
 from qwen35.config.load import load_settings, parse_words, to_yaml
 from qwen35.config.schema import Settings
 from qwen35.errors import USER_ERRORS, Parser, SettingError, complain, one_line, whole_number
+from qwen35.model import ModelConfig
 from qwen35.wording import number_of
 from rehearse import report
 from rehearse.__main__ import DEVICE, add_options, hccl_megabytes
@@ -49,12 +50,12 @@ RESERVE = 0.05  # of an NPU's memory, for its fragmentation, which no rehearsal 
 
 def measure(settings: Settings, mix: Mix, world: int, per_node: int, rates: RateRange) -> Figures | str:
     """The rehearsal's figures, from the cache if the same was rehearsed before; or why it fails."""
-    path = CACHE / f"{_digest(settings, mix, world, per_node, rates)}.json"
+    settings, config, _ = with_config(settings)
+    path = CACHE / f"{_digest(settings, config, mix, world, per_node, rates)}.json"
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         return found if isinstance(found, str) else Figures.read(found)
     try:
-        _, config, _ = with_config(settings)
         batches = [make_batch(settings, config, mix)] * settings.training.gradient_accumulation_steps
         r = rehearse(settings, config, batches, world, per_node, torch.device(DEVICE))
         if wrong := r.operators.wrong:
@@ -72,10 +73,9 @@ def measure(settings: Settings, mix: Mix, world: int, per_node: int, rates: Rate
     return result
 
 
-def _digest(settings: Settings, mix: Mix, world: int, per_node: int, rates: RateRange) -> str:
+def _digest(settings: Settings, config: ModelConfig, mix: Mix, world: int, per_node: int, rates: RateRange) -> str:
     """Of all that a rehearsal depends on, its code too."""
     root = Path(__file__).parents[1]
-    config = with_config(settings)[1]
     digest = hashlib.sha256(repr((to_yaml(settings), config, mix, world, per_node, rates, hccl_megabytes())).encode())
     for path in sorted(path for room in ("rehearse", "kernels", "qwen35") for path in (root / room).rglob("*.py")):
         if path.name not in ("plan.py", "estimate.py", "layouts.py"):

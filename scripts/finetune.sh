@@ -15,12 +15,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ready
 check_nodes
 [[ -f $CONFIG ]] || die "CONFIG=$CONFIG: no such file; there are $(echo configs/*.yaml configs/*/*.yaml)"
-preflight=()
+instead=() # of training
 if [[ ${1:-} == --preflight ]]; then # see preflight.sh
-    preflight=("$1")
+    instead=("$1")
     shift
 elif [[ ${1:-} == --logprobs ]]; then # see logprobs.sh
-    preflight=("$1" "$2")
+    instead=("$1" "$2")
     shift 2
 fi
 split "${ARGS:-}"
@@ -28,7 +28,7 @@ overrides=("${words[@]}" "$@")
 if help_in "${overrides[@]}"; then exec bash "$0" --help; fi
 if [[ -n ${HOSTS:-} && -z ${QWEN35_NODE:-} ]]; then
     need_venv # for a dry run as well: Python reads the file
-    exec "$python" -m qwen35.launch.hosts "${preflight[@]}" --variables "${env_names[*]}" -- "$HOSTS" "$CONFIG" "${overrides[@]}"
+    exec "$python" -m qwen35.launch.hosts "${instead[@]}" --variables "${env_names[*]}" -- "$HOSTS" "$CONFIG" "${overrides[@]}"
 fi
 
 visible_npus() {
@@ -57,7 +57,7 @@ esac
 
 launcher=(env ${threads:+OMP_NUM_THREADS="$threads"} "$python" -m qwen35.launch ${NODES:+--nnodes "$NODES" --node_rank "${NODE_RANK:-0}"}
     --nproc_per_node "$processes" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${MASTER_PORT:+--master_port "$MASTER_PORT"}
-    --rendezvous_timeout "$RENDEZVOUS_TIMEOUT" "${preflight[@]}")
+    --rendezvous_timeout "$RENDEZVOUS_TIMEOUT" "${instead[@]}")
 train=("${launcher[@]}" "$CONFIG" "${overrides[@]}")
 
 if [[ $DRY_RUN == 1 ]]; then
@@ -65,7 +65,7 @@ if [[ $DRY_RUN == 1 ]]; then
     echo
     exit
 fi
-if [[ ($CONFIG -ef configs/tiny.yaml || $CONFIG -ef configs/lora/tiny.yaml) && ${#preflight[@]} == 0 ]]; then
+if [[ ($CONFIG -ef configs/tiny.yaml || $CONFIG -ef configs/lora/tiny.yaml) && ${#instead[@]} == 0 ]]; then
     exec bash scripts/tiny.sh "$CONFIG" "${overrides[@]}" -- "${launcher[@]}"
 fi
 # what make started ends with it, kill -9 included; what a shell started outlives that

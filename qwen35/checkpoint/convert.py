@@ -205,8 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             written = hf_to_dcp(args.hf_dir, args.dcp_dir, args.tie_weight_mapping)
         else:
             checkpoint = resolve_load(args.dcp_dir)
-            notes = load_notes(args.dcp_dir, checkpoint)
-            for line in [*notes, f"weights from {checkpoint}"]:
+            for line in [*load_notes(args.dcp_dir, checkpoint), f"weights from {checkpoint}"]:
                 print(line, flush=True)
             convert = dcp_to_peft if args.adapter else dcp_to_hf
             written = convert(checkpoint, args.origin_hf_dir, args.save_hf_dir)

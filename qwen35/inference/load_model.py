@@ -70,8 +70,7 @@ def find_model(model: str | Path, hf: str | Path | None = None) -> ModelSource:
             return ModelSource(folder, folder, folder)
         asked = (f"{folder}: asked as its run's {recipe} says", *export_notes(folder))
         return ModelSource(folder, folder, folder, train_set, asked)
-    told = (*load_notes(folder, weights), f"weights from {weights}")
-    messages = () if weights == folder else told
+    messages = () if weights == folder else (*load_notes(folder, weights), f"weights from {weights}")
     if hf is not None:
         return ModelSource(weights, Path(hf), Path(hf), train_set, messages)
     if run is None:

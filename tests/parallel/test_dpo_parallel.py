@@ -1,16 +1,12 @@
 """Preference steps in every layout: real processes compute what one process computes."""
 
 import dataclasses
-import os
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from forked import spawn
 from peer import ONE_OF_EACH, PATCH_VALUES, config_dict, sample
-from ports import free_port
-from test_lora_parallel import OfModel, full
+from test_lora_parallel import OfModel, full, run
 
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint.hf_names import saved_parameters
@@ -29,11 +25,10 @@ from qwen35.config.schema import (
 )
 from qwen35.data.collator import collate
 from qwen35.data.dataset import Sample
-from qwen35.device import HOST, init_process
+from qwen35.device import HOST
 from qwen35.model import Qwen35, load_config
 from qwen35.model.lora import is_adapter
 from qwen35.parallel.mesh import make_meshes
-from qwen35.rank import leave
 from qwen35.train import Run, distribute, train_step
 from qwen35.training.adapters import InitialAdapters, choose_trained
 from qwen35.training.dpo import METRICS
@@ -120,33 +115,14 @@ def some_steps(dpo: DpoSettings | None = None, lora: LoraSettings | None = None,
     return found
 
 
-def worker(rank: int, world: int, port: int, out: Path, cases: dict[str, dict]) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    init_process()
-    found = {name: some_steps(**case) for name, case in cases.items()}
-    if rank == 0:
-        torch.save(found, out)
-    dist.destroy_process_group()
-    leave(0)
-
-
-def run(folder: Path, world: int, cases: dict[str, dict]) -> dict[str, dict]:
-    out = folder / f"{world}.pt"
-    spawn(worker, world, free_port(), out, cases, ranks=world)
-    return torch.load(out)
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> dict[str, dict]:
-    return run(tmp_path_factory.mktemp("one"), 1, PLAIN)
+    return run(tmp_path_factory.mktemp("one"), 1, PLAIN, some_steps)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> dict[str, dict]:
-    return run(tmp_path_factory.mktemp("two"), 2, TWO)
+    return run(tmp_path_factory.mktemp("two"), 2, TWO, some_steps)
 
 
 @pytest.mark.parametrize("name", TWO)

@@ -1,6 +1,7 @@
 """Adapters in every layout: real processes compute what one computes, from the same start."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,22 +161,23 @@ def losses_of(run: Run) -> tuple[float, float]:
     return base, float(run.model.loss(batch, weights)[0])
 
 
-def worker(rank: int, world: int, port: int, out: Path, cases: dict[str, dict]) -> None:
+def worker(rank: int, world: int, port: int, out: Path, cases: dict[str, dict], steps: Callable[..., dict]) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     init_process()
-    found = {name: some_steps(**case) for name, case in cases.items()}
+    found = {name: steps(**case) for name, case in cases.items()}
     if rank == 0:
         torch.save(found, out)
     dist.destroy_process_group()
     leave(0)
 
 
-def run(folder: Path, world: int, cases: dict[str, dict]) -> dict[str, dict]:
+def run(folder: Path, world: int, cases: dict[str, dict], steps: Callable[..., dict] = some_steps) -> dict[str, dict]:
+    """What `steps` finds in each case, by so many processes."""
     out = folder / f"{world}.pt"
-    spawn(worker, world, free_port(), out, cases, ranks=world)
+    spawn(worker, world, free_port(), out, cases, steps, ranks=world)
     return torch.load(out)
 
 

@@ -45,6 +45,7 @@ CACHE = Path("build/plan")
 SHOWN = 6  # layouts in the table
 MOST = 20  # rehearsals
 MARGIN = 1.03  # estimates of memory may be so much too high
+ALIKE = 1.01  # what differs by less is no difference, as far as the rates are known
 RESERVE = 0.05  # of an NPU's memory, for its fragmentation, which no rehearsal counts
 
 
@@ -142,6 +143,8 @@ class Plan:
         fitting = sorted(
             (c for c, f in self.figures.items() if f.bytes <= self.limit), key=lambda c: middle(self.figures[c])
         )
+        alike = [c for c in fitting if middle(self.figures[c]) <= ALIKE * middle(self.figures[fitting[0]])]
+        fitting = sorted(alike, key=lambda c: (c.expert, self.figures[c].bytes)) + fitting[len(alike) :]
         shown = fitting[:SHOWN]
         yield f"{'seconds a step':>16}{'GB an NPU':>11}{'host GB a node':>16}  layout: accumulation x micro-batch, …"
         for layout in [*shown, *([self.own] if self.own in self.figures and self.own not in shown else [])]:

@@ -24,7 +24,7 @@ from rehearse.plan import Plan, middle
 from rehearse.rates import RateRange
 from rehearse.report import peak, total_bytes
 from rehearse.step import rehearse
-from rehearse.step_time import best_and_worst
+from rehearse.step_time import Times, best_and_worst
 
 MIX, LENGTH = Mix(sequence=256), 2048
 BASE = Layout(None, 1, 1, 1, 2, True, False, "adamw")
@@ -140,6 +140,22 @@ def test_a_plan_ends_with_what_was_rehearsed(settings, known):
     fitting = sorted(middle(f) for c, f in plan.figures.items() if f.bytes <= 60 << 30)
     shown = [math.sqrt(float(row.split()[0]) * float(row.split()[2])) for row in rows]
     assert shown[0] == pytest.approx(fitting[0], abs=0.01)
+
+
+def test_of_layouts_as_fast_the_smallest_comes_first(settings, known):
+    """Within a hundredth: the rates are not known better. Before that, the fewest ranks share experts."""
+    plan = Plan(settings, MIX, options(), RateRange())
+    others = [layout for layout in plan.layouts if layout != BASE and layout.expert == 1][:3]
+    others.append(next(layout for layout in plan.layouts if layout.expert == 2))
+
+    def slower(times: Times, factor: float) -> Times:
+        return Times(**{part: seconds * factor for part, seconds in vars(times).items()})
+
+    for layout, factor, size in zip([BASE, *others], (1, 1.005, 1.02, 1.009, 1), (50, 40, 20, 45, 30), strict=True):
+        best, worst = slower(known.best, factor), slower(known.worst, factor)
+        plan.figures[layout] = replace(known, bytes=size << 30, best=best, worst=worst)
+    rows = "\n".join(plan.lines()).split("\n\n")[0].splitlines()[1:]
+    assert [float(row.split()[3]) for row in rows] == [40, 45, 50, 30, 20]
 
 
 def test_nothing_fits_and_steps_that_no_layout_takes(settings, known):

@@ -137,10 +137,15 @@ def test_what_cannot_be_compared_is_refused(workplace, overrides, words):
 
 @pytest.fixture(scope="module")
 def validating(workplace) -> tuple[str, ...]:
-    """A validation each step of twelve; the rate is so large that the loss soon rises again."""
-    records = json.loads((workplace / "records.json").read_text())
-    (workplace / "few.json").write_text(json.dumps(records[:7]))
-    common = ("training.train_iters=12", "training.val_interval=1", "training.lr=0.1", "training.log_interval=1")
+    """A validation each step of twelve, of answers such as no trained record has.
+
+    Their loss falls while the form of an answer is learnt, and rises from the fourth step on.
+    """
+    records = json.loads((workplace / "records.json").read_text())[:7]
+    for record in records:
+        record["conversations"][1]["value"] = "QXZJKV WRT"
+    (workplace / "few.json").write_text(json.dumps(records))
+    common = ("training.train_iters=12", "training.val_interval=1", "training.lr=0.03", "training.log_interval=1")
     return *CONSTANT, *common, f"{DATASET}={workplace / 'few.json'}"
 
 

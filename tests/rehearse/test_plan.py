@@ -143,7 +143,7 @@ def test_a_plan_ends_with_what_was_rehearsed(settings, known):
 
 
 def test_of_layouts_as_fast_the_smallest_comes_first(settings, known):
-    """Within a hundredth: the rates are not known better. Before that, the fewest ranks share experts."""
+    """Within a hundredth, as far as rates are known; before that, where few ranks share experts."""
     plan = Plan(settings, MIX, options(), RateRange())
     others = [layout for layout in plan.layouts if layout != BASE and layout.expert == 1][:3]
     others.append(next(layout for layout in plan.layouts if layout.expert == 2))

@@ -32,7 +32,7 @@ from qwen35.data.validation import each_once
 from qwen35.device import end_process_group, init_process
 from qwen35.errors import Parser, SettingError
 from qwen35.heartbeat import Heartbeat
-from qwen35.log import logger
+from qwen35.log import log_warnings, logger
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.collectives import Gather
 from qwen35.parallel.context_parallel import apply_context_parallel
@@ -76,6 +76,10 @@ def log_probs(settings: Settings, out: Path | None) -> None:
     datasets = [
         open_dataset(of_set, lambda record, count: heartbeat.at(f"reading the data: {record}")) for of_set in sets
     ]
+    lines = [line for dataset in datasets for line in (*dataset.left_out(), *dataset.warnings)]
+    if out and (most := settings.data.dataset_param.basic_parameters.max_samples) == datasets[0].records:
+        lines.append(f"max_samples: no record after the first {most:,} is read")
+    log_warnings([*(f"data: {line}" for line in lines), *start.warnings])
     apply_context_parallel(model, meshes)
     shard(model, meshes, DTYPES[t.dtype])
     model.to_empty(device=device)

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 from importlib.util import find_spec
@@ -80,15 +81,18 @@ def write_video(
     counted: bool = True,
     title: bytes = b"a film",
     rotation: int = 0,
+    times: Sequence[float] | None = None,
+    is_raw: bool = False,
 ) -> None:
     """frames [T, H, W, 3] uint8 with even sides, stored without loss.
 
     counted: the header has the number of frames. rotation: degrees counter-clockwise, for display.
+    times: seconds of each frame, whatever rate the header says. is_raw: without any container.
     """
     if HAS_AV:
         import av
 
-        path_, container = (str(path), "mov" if counted else "matroska")
+        path_, container = (str(path), "h264" if is_raw else "mov" if counted else "matroska")
         with av.open(path_, "w", format=container) as out:
             out.metadata["title"] = stand_in = "t" * len(title)
             stream = out.add_stream("libx264rgb", rate=rate, options={"qp": "0"})
@@ -96,12 +100,18 @@ def write_video(
             stream.pix_fmt = "rgb24"
             if rotation:
                 stream.set_display_rotation(rotation)
-            for frame in frames:
-                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            if times:
+                stream.codec_context.time_base = Fraction(1, 1000)
+            for number, pixels in enumerate(frames):
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                if times:
+                    frame.pts, frame.time_base = round(times[number] * 1000), Fraction(1, 1000)
+                out.mux(stream.encode(frame))
             out.mux(stream.encode())
         path.write_bytes(path.read_bytes().replace(stand_in.encode(), title))
         return
     header = {"shape": frames.shape, "rate": str(rate), "counted": counted, "title": title.hex(), "rotation": rotation}
+    header |= {"times": times or [number / float(rate) for number in range(len(frames))], "is_raw": is_raw}
     path.write_bytes(b"FILM" + json.dumps(header).encode() + b"\n" + frames.tobytes())
     monkeypatch.setitem(sys.modules, "av", stand_in_for_av())
 
@@ -125,7 +135,11 @@ def stand_in_for_av() -> types.ModuleType:
             self.shape = count, self.height, self.width, _ = header["shape"]
             self.frames = count if header["counted"] else 0
             self.rotation = header["rotation"]
-            self.average_rate = Fraction(header["rate"])
+            self.base_rate = self.average_rate = Fraction(header["rate"])
+            self.is_raw, self.times, self.time_base = header["is_raw"], header["times"], Fraction(1, 1000)
+            self.end = self.times[-1] + 1 / float(self.base_rate)
+            if self.frames:
+                self.average_rate = Fraction(count / (self.end - self.times[0])).limit_denominator(100_000)
 
         def whole(self):
             size = self.height * self.width * 3
@@ -136,6 +150,8 @@ def stand_in_for_av() -> types.ModuleType:
             assert set(options) == {"format_whitelist"}
             stream = Stream(file.read(), metadata_errors)
             self.streams = types.SimpleNamespace(video=[stream])
+            self.format = types.SimpleNamespace(name="h264" if stream.is_raw else "matroska,webm")
+            self.duration = None if stream.is_raw else round(stream.end * 1e6)
 
         def __enter__(self):
             return self
@@ -144,7 +160,8 @@ def stand_in_for_av() -> types.ModuleType:
             pass
 
         def demux(self, stream):
-            return (types.SimpleNamespace(size=n) for n in (*map(len, stream.whole()), 0))
+            found = [(len(frame), round(1000 * t)) for frame, t in zip(stream.whole(), stream.times, strict=False)]
+            return (types.SimpleNamespace(size=size, pts=pts) for size, pts in (*found, (0, None)))
 
         def decode(self, stream):
             for data in stream.whole():

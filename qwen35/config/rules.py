@@ -152,6 +152,8 @@ def _dpo_rules(s: Settings) -> Iterator[str]:
         b = param.basic_parameters
         if b.train_on_prompt:
             yield f"{place}.basic_parameters.train_on_prompt: training.stage: dpo compares answers alone; leave it out"
+        if b.mask_history:
+            yield f"{place}.basic_parameters.mask_history: training.stage: dpo trains all behind the prompt; leave it out"
         if b.truncation == "truncate":
             yield f"{place}.basic_parameters.truncation: truncate would cut answers that are compared; use drop or error"
 

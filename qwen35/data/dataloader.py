@@ -106,16 +106,7 @@ class MicroBatches:
 
     def warnings(self) -> list[str]:
         """What is left out of the data, and what is odd in it, a line each."""
-        skipped = self.dataset.skipped
-        records, samples = self.dataset.records, len(skipped) + self.samples
-        what = f"{records:,} records" if records == samples else f"{samples:,} samples of {records:,} records"
-        lines = [f"skipped {len(skipped):,} of {what}: {skipped}"] if len(skipped) else []
-        cut = self.dataset.truncated
-        if cut.numbers:
-            lines.append(
-                f"cut {number_of(len(cut.numbers), 'sample')} to cutoff_len, {number_of(cut.tokens, 'token')} and "
-                f"{number_of_visuals(cut.images, cut.videos)} of theirs are not trained"
-            )
+        lines = self.dataset.left_out()
         if self.moved[0]:
             moved, farthest = number_of(self.moved[0], self.dataset.unit), number_of(self.moved[1], "packed sequence")
             lines.append(

@@ -28,7 +28,7 @@ from qwen35.data.samples import FileSamples
 from qwen35.data.tokenized import Progress, load_files, paths_of, silent, visual_from_json
 from qwen35.data.truncation import truncate
 from qwen35.errors import SettingError
-from qwen35.wording import number_of
+from qwen35.wording import number_of, number_of_visuals
 
 EMBEDDED = re.compile("[0-9a-f]{64}")  # the name of an embedded image in cache_dir
 
@@ -135,6 +135,19 @@ class Dataset:
         if missing and not is_partial:
             raise SettingError(missing[0])
         return lines + missing
+
+    def left_out(self) -> list[str]:
+        """What of its records is not trained, a line each."""
+        records, samples = self.records, len(self.skipped) + len(self)
+        what = f"{records:,} records" if records == samples else f"{samples:,} samples of {records:,} records"
+        lines = [f"skipped {len(self.skipped):,} of {what}: {self.skipped}"] if len(self.skipped) else []
+        cut = self.truncated
+        if cut.numbers:
+            lines.append(
+                f"cut {number_of(len(cut.numbers), 'sample')} to cutoff_len, {number_of(cut.tokens, 'token')} and "
+                f"{number_of_visuals(cut.images, cut.videos)} of theirs are not trained"
+            )
+        return lines
 
     def _of_units(self, of_samples: np.ndarray) -> np.ndarray:
         """[N * width] -> [N]: the sums."""

@@ -22,7 +22,11 @@ IMAGE_SUFFIXES = {  # of frames
 OTHER_SUFFIXES = {".heic", ".heif", ".jp2", ".jxl", ".tga", ".dng", ".exr", ".svg"}  # of images all the same
 # ffmpeg's names of the formats that are opened; none of them can refer to other files
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc"
+RAW = ("h264", "hevc")  # of these: streams without times and rate, for which ffmpeg takes 25 frames a second
+JUMP = ("mpegts", "mpeg")  # of these: recordings, whose times may begin anew in the middle
 FRAME_COUNT_LIMIT = 10_000_000  # more than that in a header is taken for damage
+RATE_ERROR = 0.05  # up to which a header's frame rate is believed: times are rounded, to milliseconds often
+DRIFT = 0.5  # seconds by which a frame's own time may be off the one that its number and the rate give
 
 
 class VideoError(ImageError):
@@ -46,7 +50,7 @@ def read_metadata(video: Video, odd: Odd | None = None) -> VideoMetadata:
     """Decodes at most one frame. Raises VideoError, and SettingError if PyAV is missing."""
     files = _files(video)
     if isinstance(files, Path):
-        return _file_metadata(files, video)
+        return _file_metadata(files, video, odd)
     for number, file in enumerate(files):  # missing files are errors now, broken ones when they are decoded
         if not file.is_file():
             with _naming_frame(file, number, len(files)):
@@ -139,13 +143,26 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         raise VideoError(wrong_format(path) or f"cannot be read: {reason}") from None
 
 
-def _file_metadata(path: Path, video: Video) -> VideoMetadata:
+def _file_metadata(path: Path, video: Video, odd: Odd | None) -> VideoMetadata:
     if video.fps is not None:
         raise VideoError("is a file, which has its own frame rate; remove sample_fps", "malformed")
     with _opened(path) as (container, stream):
+        if container.format.name in RAW:
+            raise VideoError(
+                "is a raw stream, which has no frame rate; make it MP4: ffmpeg -r RATE -i FILE -c copy FILE.mp4"
+            )
         count, rate, width, height = stream.frames, stream.average_rate, stream.width, stream.height
-        if not count:  # some containers do not store it
-            count = sum(1 for packet in islice(container.demux(stream), FRAME_COUNT_LIMIT) if packet.size)
+        base = stream.base_rate  # of which all times are multiples, as far as ffmpeg has looked
+        if not count or (rate and base and abs(rate / base - 1) > RATE_ERROR):  # some containers do not store it
+            packets = [p.pts for p in islice(container.demux(stream), FRAME_COUNT_LIMIT) if p.size]
+            times = np.sort(np.array([p for p in packets if p is not None], dtype=float) * float(stream.time_base))
+            if len(packets) == len(times) > 1 and times[0] < times[-1]:
+                own = (len(times) - 1) / (times[-1] - times[0])
+                is_wrong = not rate or (abs(rate / own - 1) > RATE_ERROR and container.format.name not in JUMP)
+                rate = own if not count and is_wrong else rate
+                if odd is not None:
+                    odd += _oddities(times, float(rate), container.duration)
+            count = count or len(packets)
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise VideoError(f"has frames of more than {limit:,} pixels")
@@ -155,6 +172,14 @@ def _file_metadata(path: Path, video: Video) -> VideoMetadata:
         first = next(container.decode(stream), None)
         is_upright = first is None or _quarter_turns(first) % 2 == 0
     return VideoMetadata(count, float(rate), *((width, height) if is_upright else (height, width)))
+
+
+def _oddities(times: np.ndarray, rate: float, duration: int | None) -> Odd:
+    """times [T]: seconds of each frame; duration: that of the file, in microseconds."""
+    times = times - times[0]
+    drift = np.abs(times - np.arange(len(times)) / rate).max()
+    missing = (duration or 0) / 1e6 - times[-1] - 1 / rate
+    return ["uneven"] * bool(drift > DRIFT) + ["short"] * bool(missing > 2 * DRIFT)
 
 
 def _quarter_turns(frame: Any) -> int:

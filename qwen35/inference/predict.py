@@ -5,9 +5,10 @@ Writes a line of JSON for each record, in their order. Greedy, or by sampling (-
 """
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +31,7 @@ from qwen35.inference.answers_file import appending, check_made_with, recorded, 
 from qwen35.inference.generate import GREEDY, generate, is_thinking
 from qwen35.inference.generation_config import FILE, add_sampling, read_generation_config, sampling_of, stop_ids
 from qwen35.inference.sampling import Sampling
-from qwen35.model import Qwen35
+from qwen35.model import Qwen35, load_config
 from qwen35.wording import number_of
 
 ROOM_TO_THINK = 1024  # tokens added to the limit of an answer that begins with a thought
@@ -294,7 +295,9 @@ def _made_with(asking: Asking, limit: int) -> dict[str, Any]:
     if asking.sampling.is_greedy:
         del sampling["seed"]
     pixels = {f"image_{name}": getattr(preparation.images, name, None) for name in ("min_pixels", "max_pixels")}
-    told = {"template": preparation.basic.template, "max_new_tokens": limit, "thinking": asking.thinking}
+    config = asdict(load_config(asking.folder))  # which the weights do not show
+    told: dict[str, Any] = {"config.json": hashlib.sha256(repr(config).encode()).hexdigest()[:16]}
+    told |= {"template": preparation.basic.template, "max_new_tokens": limit, "thinking": asking.thinking}
     files = {str(file): one.cache_key(file, None) for file, one in preparation.files()}
     return told | pixels | sampling | {"records": files}
 

@@ -1,15 +1,15 @@
 """Log-probabilities of a data set's answers by the reference, which a run of all weights begins as.
 
 They are computed once, before the first step, and kept in a file in cache_dir, without one in the
-save folder: so no second model is ever in memory. Its name is a digest of weights, data and dtype.
-Its first line says for what it is, each further one holds a micro-batch of all ranks: one that was
-interrupted goes on there.
+save folder: so no second model is ever in memory. Its name is a digest of weights, config.json,
+data and dtype. Its first line says for what it is, each further one holds a micro-batch of all
+ranks: one that was interrupted goes on there.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from qwen35.data.validation import each_once
 from qwen35.device import has_own_memory
 from qwen35.errors import UserError
 from qwen35.log import logger
-from qwen35.model import Qwen35
+from qwen35.model import Qwen35, load_config
 from qwen35.parallel.context_parallel import shard_batch
 from qwen35.parallel.fsdp import reshard
 from qwen35.parallel.mesh import Meshes
@@ -45,9 +45,13 @@ class ReferenceFile:
 
     def __init__(self, settings: Settings, dataset: Dataset, weights: str):
         """weights: a digest of them."""
-        folder = dataset.preparation.basic.cache_dir or settings.training.save
+        preparation = dataset.preparation
+        folder = preparation.basic.cache_dir or settings.training.save
         visuals = [dataset.files_digest(of_videos) for of_videos in (False, True)]
-        self.of = {"weights": weights, "data": dataset.fingerprint(" ".join(visuals)), "dtype": settings.training.dtype}
+        pixels = [f and (f.mean, f.std, f.scale) for f in (preparation.images, preparation.videos)]
+        model = asdict(load_config(settings.model.model_name_or_path))  # no weight shows a rope's base, say
+        data = dataset.fingerprint(repr((visuals, pixels, model)))
+        self.of = {"weights": weights, "data": data, "dtype": settings.training.dtype}
         self.path = Path(folder) / f"reference-{hashlib.sha256(json.dumps(self.of).encode()).hexdigest()[:16]}.jsonl"
 
     def begin(self, layout: list[int]) -> tuple[Rows, int]:
@@ -65,7 +69,7 @@ class ReferenceFile:
             done = values[1:]
             there = header.pop("layout", layout)
             if header != self.of:
-                raise CheckpointError(f"{self.path} is of other weights or data; move it away")
+                raise CheckpointError(f"{self.path} is of another model or data; move it away")
             if there != layout and len(done) < there[0]:
                 logger.info(f"{self.path} was begun by {there[1]} ranks, and is computed anew")
                 values, done = [], []

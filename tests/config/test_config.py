@@ -209,6 +209,10 @@ def test_what_adapters_do_not_go_with(recipe, beside, words):
         ("training.dpo.label_smoothing=0.5", "training.dpo.label_smoothing: 0.5 must be below 0.5"),
         ("training.dpo.loss=hinge", "training.dpo.loss: 'hinge' is not one of 'sigmoid' or 'ipo'"),
         ("data.dataset_param.basic_parameters.train_on_prompt=true", "train_on_prompt: training.stage: dpo compares"),
+        (
+            "data.dataset_param.basic_parameters.mask_history=true",
+            "mask_history: training.stage: dpo trains all behind",
+        ),
         ("data.dataset_param.basic_parameters.truncation=truncate", "truncate would cut answers that are compared"),
         ("training.stage=sft", "training.dpo means nothing without training.stage: dpo"),
     ],

@@ -116,6 +116,35 @@ def test_files_equal_transformers(tmp_path, folder, monkeypatch, counted):
         assert difference.max() < 2.01 / 127.5
 
 
+def test_frames_that_come_unevenly_or_too_early_an_end_are_told(tmp_path, folder, monkeypatch):
+    """Screen recorders and browsers write such files, broken downloads the last one.
+
+    Headers say 30 frames a second here, which ffmpeg believes of matroska. transformers' default,
+    torchcodec, looks at all frames: 20 in 9.5 seconds, and gives them the times of the average.
+    """
+    processor, path = VideoProcessor.from_folder(folder, PreprocessParameters()), tmp_path / "film"
+    frames = film(20, 64, 96)
+    even, uneven = [n / 2 for n in range(20)], [*(n / 30 for n in range(10)), *(n - 10.0 for n in range(11, 21))]
+
+    def read(times, counted):
+        write_video(path, frames, Fraction(30), monkeypatch, counted, times=times)
+        odd: list[str] = []
+        return processor.select_frames(Video(path), odd).timestamps[-1], odd
+
+    assert read([n / 30 for n in range(20)], False) == (pytest.approx(16 / 30), [])
+    assert read(even, False) == (pytest.approx(9.25), [])
+    for counted in (True, False):
+        last, odd = read(uneven, counted)
+        assert odd == ["uneven"] and 9 < last < 10
+    write_video(path, frames, Fraction(30), monkeypatch, False, times=even)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    odd = []
+    assert processor.select_frames(Video(path), odd).timestamps[-1] < 7 and odd == ["short"]
+    write_video(path, frames, Fraction(30), monkeypatch, is_raw=True)
+    with pytest.raises(ImageError, match="is a raw stream, which has no frame rate; make it MP4"):
+        processor.select_frames(Video(path))
+
+
 def test_titles_in_any_encoding_are_read(tmp_path, folder, monkeypatch):
     frames = film(4, 64, 96)
     for name, title in (("utf-8", "电影"), ("gbk", "电影")):

@@ -26,16 +26,16 @@ ROOMS = {
     "config": 1_185,
     "model": 1_505,
     "checkpoint": 3_595,
-    "data": 6_995,
+    "data": 7_025,
     "parallel": 660,
-    "inference": 1_270,
-    "training": 2_965,
+    "inference": 1_275,
+    "training": 2_970,
     "tools": 1_755,
     "launch": 1_520,
 }
 ON_TOP = ("rank", "preflight", "train", "logprobs", "convert")
 BUDGETS = {
-    "qwen35": 1_780,
+    "qwen35": 1_785,
     "kernels": 3_655,
     "rehearse": 2_805,
     "accept": 735,

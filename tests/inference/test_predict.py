@@ -220,7 +220,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", [*CHANGES, "data", "weights", "no settings", "foreign line", "other order"])
+@pytest.mark.parametrize(
+    "change", [*CHANGES, "data", "weights", "config", "no settings", "foreign line", "other order"]
+)
 def test_answers_that_were_made_otherwise_stay(place, whole, ask, tmp_path, change):
     out = tmp_path / "answers.jsonl"
     shutil.copy(place / "whole.jsonl.settings.json", tmp_path / "answers.jsonl.settings.json")
@@ -236,6 +238,12 @@ def test_answers_that_were_made_otherwise_stay(place, whole, ask, tmp_path, chan
         )
     elif change == "weights":
         words, said = ["--model", str(place / "bf16")], "made otherwise (weights: "
+    elif change == "config":  # of the same weights
+        folder = shutil.copytree(place / "hf", tmp_path / "hf")
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["rope_parameters"]["rope_theta"] *= 2
+        (folder / "config.json").write_text(json.dumps(config))
+        words, said = ["--model", str(folder)], "made otherwise (config.json: "
     elif change == "no settings":
         (tmp_path / "answers.jsonl.settings.json").unlink()
         said = "answers.jsonl.settings.json: no such file, so that nobody knows what made the answers"

@@ -22,6 +22,7 @@ from qwen35.errors import SettingError
 from qwen35.logprobs import log_probs
 from qwen35.training.dpo import METRICS
 from qwen35.training.metrics import read_metrics
+from qwen35.training.reference import ReferenceFile
 
 BASIC = "data.dataset_param.basic_parameters"
 STEPS = ("training.train_iters=8", "training.save_interval=4", "training.log_interval=1")
@@ -160,7 +161,34 @@ def test_what_was_interrupted_goes_on_and_what_is_damaged_is_refused(workplace, 
         assert f"{save / file.name}: line 2 is damaged; remove the file, and it is computed again" in done.stderr
     [other] = [path for path in whole.glob("reference-*.jsonl") if path != file]
     shutil.copy(other, save / file.name)
-    assert "is of other weights or data; move it away" in train(workplace, save, 2, *words).stderr
+    assert "is of another model or data; move it away" in train(workplace, save, 2, *words).stderr
+
+
+def test_the_reference_of_another_config_or_of_other_pixels_is_another(workplace, tmp_path):
+    """Neither weights nor tokens show them: YaRN in config.json, say, or another image_mean."""
+    folder = shutil.copytree(workplace / "weights", tmp_path / "weights")
+    words = ("training.stage=dpo", f"{BASIC}.dataset={workplace / 'pairs.json'}", f"model.model_name_or_path={folder}")
+
+    def path() -> Path:
+        settings = load_settings(workplace / "recipe.yaml", words)
+        return ReferenceFile(settings, open_dataset(settings, silent), "digest of the weights").path
+
+    found = [path(), path()]
+    assert found[0] == found[1]
+    for name, where, values in (
+        ("config.json", ("text_config", "rope_parameters"), {"rope_theta": 500.0}),
+        ("config.json", ("text_config",), {"num_experts_per_tok": 3}),
+        ("preprocessor_config.json", (), {"image_mean": [0.1, 0.2, 0.3]}),
+    ):
+        before = (folder / name).read_text()
+        section = config = json.loads(before)
+        for key in where:
+            section = section[key]
+        section.update(values)
+        (folder / name).write_text(json.dumps(config))
+        found.append(path())
+        (folder / name).write_text(before)
+    assert len(set(found)) == 4 and path() == found[0]
 
 
 @pytest.mark.parametrize("layout", [(), ("parallel.ulysses_parallel_size=2",)], ids=["data", "ulysses"])
@@ -211,6 +239,18 @@ def test_log_probabilities_are_the_models_own_bit_for_bit(workplace, tmp_path):
             found = model.log_probs(batch)[0]
         wanted = [value for index in packed[0] for value in lines[index]["log_probs"]]
         assert found[batch.labels >= 0].tolist() == wanted
+
+
+def test_records_without_log_probabilities_are_said(workplace, tmp_path):
+    """As a recipe may have it: an output with fewer lines than records would be taken for whole."""
+    records, out = json.loads((workplace / "records.json").read_text())[:6], tmp_path / "out.jsonl"
+    records[1]["conversations"][1]["value"] = "It is long. " * 60
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    data = (f"{BASIC}.dataset={tmp_path / 'records.json'}", f"{BASIC}.truncation=drop", f"{BASIC}.max_samples=4")
+    said = logprobs(workplace, tmp_path / "unused", 1, str(out), *data)
+    assert len(out.read_text().splitlines()) == 3
+    assert "data: skipped 1 of 4 records: 1 longer than cutoff_len; first: " in said
+    assert "data: max_samples: no record after the first 4 is read" in said
 
 
 def test_what_cannot_be_written_is_said_before_anything_is_computed(workplace, tmp_path):

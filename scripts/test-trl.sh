@@ -5,6 +5,7 @@
 #   scripts/test-trl.sh [pytest's options]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need_venv
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "trl needs Python 3.11, and .venv has an older one: make install PYTHON=python3.11"
 split "${ARGS:-}"
 folder=build/versions/trl pins=scripts/requirements/trl.txt
 beside_venv "$folder" "$pins" --requirement "$pins"

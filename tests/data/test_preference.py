@@ -1,6 +1,7 @@
 """Preference pairs: their formats, the tokens of both sides, packing, and what is refused."""
 
 import json
+import shutil
 from collections import Counter
 from itertools import islice
 
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optional import write_parquet
 from PIL import Image
+from tokenizer_fixture import PUBLISHED, make_model_folder
 from transformers import AutoTokenizer
 
 from qwen35.batch import IGNORE
@@ -450,6 +452,31 @@ def test_both_sides_are_what_the_template_writes(home, folder, name):
             )
         prompts.append(ids)
     assert prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize(
+    ("template", "given"),
+    [
+        ("chat_template.jinja", {"enable_thinking": True}),
+        ("chat_template_qwen3_6.jinja", {"preserve_thinking": True}),
+        ("chat_template_qwen3_6.jinja", {"preserve_thinking": False}),
+        ("chat_template_qwen3_8.jinja", {"preserve_thinking": False, "reasoning_effort": "low"}),
+    ],
+)
+def test_what_a_recipe_gives_the_template_holds_for_both_sides(home, tmp_path, template, given):
+    folder = make_model_folder(tmp_path / "model")
+    shutil.copy(PUBLISHED / template, folder / "chat_template.jinja")
+    prompt, chosen, rejected, _ = TALKS["thoughts"]
+    (home / "x.json").write_text(json.dumps([{"prompt": prompt, "chosen": chosen, "rejected": rejected}]))
+    flat = {f"{BASIC}.{name}": value for name, value in (given | {"dataset": f"{home}/x.json"}).items()}
+    dataset = MicroBatches(recipe(home, folder, **flat, **{f"{BASIC}.cutoff_len": 1024}), 0, 1).dataset
+    theirs, given = AutoTokenizer.from_pretrained(folder), {"tokenize": False, "enable_thinking": True} | given
+    asked = theirs.apply_chat_template(prompt, add_generation_prompt=True, **given)
+    assert ("old" in asked) == given.get("preserve_thinking", False)
+    for answer, i in zip((chosen, rejected), dataset.samples_of(0), strict=True):
+        whole, sample = theirs.apply_chat_template([*prompt, *answer], **given), dataset[i]
+        assert theirs.decode(sample.input_ids.tolist()) == whole
+        assert theirs.decode(sample.labels[sample.labels != IGNORE].tolist()) == whole.removeprefix(asked)
 
 
 @pytest.mark.parametrize("name", TALKS)

@@ -354,7 +354,10 @@ def test_adapters_learn_pairs_beside_their_base(workplace, tmp_path):
     going_on = load_settings(workplace / "recipe.yaml", [*words, *of_it])
     with pytest.raises(SettingError, match="holds adapters, and the reference of pairs is a base without any; merge"):
         choose_weights(going_on)
-    assert choose_weights(going_on, goes_on=False).path.parent == save
+    out = tmp_path / "out.jsonl"  # whose log-probabilities can be had
+    logprobs(workplace, tmp_path / "unused", 2, str(out), *words, *of_it)
+    sums = [sum(json.loads(line)["log_probs"]) for line in out.read_text().splitlines()]
+    assert sum(a > b for a, b in zip(sums[::2], sums[1::2], strict=True)) > 40
 
 
 def test_a_model_that_reads_answers_learns_to_prefer_them(workplace, tmp_path):

@@ -42,7 +42,7 @@ def _harmless(**names_by_reason: str) -> frozenset[str]:
 PREFERENCES = _refused(
     (
         "chosen rejected rejected_messages rejected_response rejected_images",
-        "preference pairs are not trained; attr.messages says which field holds the turns to train (training.stage: dpo: both)",
+        "training.stage: dpo learns from preference pairs; without it attr.messages says which field holds the turns to train",
         None,
     ),
 )

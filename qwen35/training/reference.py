@@ -142,6 +142,7 @@ class Forward:
         cutoff_len = dataset.preparation.basic.cutoff_len
         rows, count = file.begin([len(order), self.meshes.data_size, t.micro_batch_size, cutoff_len])
         if count == len(order):
+            logger.info(f"log-probabilities from {file.path}")
             return rows
         if refusal:
             raise CheckpointError(f"{file.path} has {count:,} of {len(order):,} micro-batches, and {refusal}")

@@ -590,7 +590,7 @@ def test_the_cache_and_the_fingerprint_know_the_stage(home, folder):
     assert Preparation.of(dpo).cache_key(home / "x.json", None) != Preparation.of(sft).cache_key(home / "x.json", None)
     (home / "x.json").write_text(json.dumps(records))
     assert len(load_samples(home / "x.json", Preparation.of(dpo), None).sources) == 2
-    with pytest.raises(RecordError, match="has rejected_response, which is not read; preference pairs are not trained"):
+    with pytest.raises(RecordError, match=r"has rejected_response, which is not read; training\.stage: dpo learns"):
         MicroBatches(sft, 0, 1)
 
 
@@ -746,7 +746,7 @@ def test_the_lengths_of_any_file_of_pairs(home, folder, capsys):
     assert main(["lengths", "--data", named, *command[3:]]) == 1
     assert "attr.chosen is read with training.stage: dpo alone" in capsys.readouterr().err
     assert main(command) == 1
-    assert "has chosen, which is not read; preference pairs are not trained" in capsys.readouterr().err
+    assert "has chosen, which is not read; training.stage: dpo learns from pref" in capsys.readouterr().err
 
 
 def test_the_page_of_a_run_shows_both_sides(home, folder):

@@ -29,7 +29,7 @@ ROOMS = {
     "data": 7_010,
     "parallel": 660,
     "inference": 1_270,
-    "training": 2_995,
+    "training": 2_990,
     "tools": 1_755,
     "launch": 1_520,
 }

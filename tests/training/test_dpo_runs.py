@@ -146,7 +146,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(workplace, whole, tmp_path):
     assert file.read_bytes() == before
     done = train(workplace, save, 2, *words)
     assert done.returncode == 0, done.stderr
-    assert "computing log-probabilities" not in done.stdout
+    assert f"log-probabilities from {file}" in done.stdout and "computing log-probabilities" not in done.stdout
     assert_same_run(save, whole)
 
 

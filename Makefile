@@ -4,7 +4,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install doctor accept download convert export data show finetune report preflight plan rehearse generate predict logprobs evaluate bench test test-npu test-versions test-browser test-trackers lint docs clean
+.PHONY: help install doctor accept download convert export data show finetune report preflight plan rehearse generate predict logprobs evaluate bench test test-npu test-versions test-browser test-trackers test-trl lint docs clean
 
 # A variable that no command reads is misspelt, and `make finetune CONFIGS=…` would train the tiny
 # recipe. Beside those of env.sh these are read: MindSpeed-MM's name of NODES, tokens, a compiler, and
@@ -109,6 +109,9 @@ test-browser: ## the page of a run in a headless Chromium, which apt-get install
 test-trackers: ## runs that report to TensorBoard, wandb, SwanLab and MLflow, read back from their files
 #: ARGS="options of pytest"
 #> make test-trackers
+test-trl: ## losses and gradients of preference pairs beside those of trl's own trainer
+#: ARGS="options of pytest"
+#> make test-trl
 bench: ## speed and memory beside transformers' model and bare matmuls, as ratios
 #: ARGS="options"
 #> make bench ARGS="--only moe"
@@ -128,7 +131,7 @@ install:
 doctor: # works without an installation too
 	@bash scripts/doctor.sh
 
-accept download convert export data show finetune report preflight plan rehearse generate predict logprobs evaluate bench test test-npu test-versions test-browser test-trackers lint docs: .venv/.installed
+accept download convert export data show finetune report preflight plan rehearse generate predict logprobs evaluate bench test test-npu test-versions test-browser test-trackers test-trl lint docs: .venv/.installed
 	@bash scripts/$@.sh
 
 # the stamp that a finished install leaves; a newer lock file brings .venv up to date

@@ -3,13 +3,13 @@
 Without --out those of a recipe's pairs by the reference (training.stage: dpo), which its run would
 compute before the first step, and then finds. With --out those of the answers in any records, which
 data.dataset_param.basic_parameters.dataset names: a line of JSON for each sample, in their order,
-with the tokens that would be trained and the log-probability of each. The weights are those that a
-run starts from (training.load, training.init_from_hf_path), never a checkpoint in training.save.
+with the tokens that would be trained and the log-probability of each; killed, the same command
+goes on. The weights are those that a run starts from (training.load, training.init_from_hf_path),
+never a checkpoint in training.save.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -28,7 +28,6 @@ from qwen35.config.schema import Settings
 from qwen35.console import outlive_readers
 from qwen35.data.dataloader import open_dataset
 from qwen35.data.record import RecordError
-from qwen35.data.validation import each_once
 from qwen35.device import end_process_group, init_process
 from qwen35.errors import Parser, SettingError
 from qwen35.heartbeat import Heartbeat
@@ -41,7 +40,7 @@ from qwen35.parallel.mesh import make_meshes
 from qwen35.rank import leave, run_rank
 from qwen35.tools.compilation import DTYPES, compiled
 from qwen35.training.adapters import choose_trained
-from qwen35.training.reference import Forward
+from qwen35.training.reference import Forward, RowsFile, made_with
 from qwen35.training.start import REFERENCE, Start, find_weights
 from qwen35.wording import number_of
 
@@ -52,7 +51,6 @@ def log_probs(settings: Settings, out: Path | None) -> None:
     if out:
         if not out.parent.is_dir():
             raise SettingError(f"{out}: there is no folder {out.parent}; make it, or name another file")
-        settings = replace(settings, training=replace(t, stage="sft"))
     elif t.stage != "dpo" or t.lora:
         why = "training.lora has its reference in every step" if t.lora else "training.stage: sft has no reference"
         raise SettingError(f"{why}; name a file for the log-probabilities of any answers, OUT=logprobs.jsonl")
@@ -71,6 +69,7 @@ def log_probs(settings: Settings, out: Path | None) -> None:
         raise SettingError(
             f"training.load: {t.load} has been trained; the reference is what its run began with, name that"
         )
+    weights = start.digest() if out else start.extra[REFERENCE]
     heartbeat.at("reading the data")
     sets = [settings, *([settings.validation] if settings.validation and not out else [])]
     datasets = [
@@ -87,27 +86,29 @@ def log_probs(settings: Settings, out: Path | None) -> None:
     forward = Forward(settings, model, meshes, device, heartbeat.at)
     if not out:
         for dataset in datasets:
-            forward.add_reference(dataset, start.extra[REFERENCE])
+            forward.add_reference(dataset, weights)
         return
+    [dataset] = datasets
 
     def rows_of(units: list[list[int]], batch: PackedBatch, part: PackedBatch, found: Tensor) -> list[Any]:
         if batch.bad_records:  # whose place in the batch is padding
             raise RecordError(f"{batch.bad_records[0]}; mend or remove it: on_bad_record: skip is not for this command")
         whole = Gather.apply(meshes.tokens["ulysses"].get_group(), found) if meshes.ulysses_size > 1 else found
-        values, indices, rows = whole.tolist(), chain.from_iterable(units), []
+        values, rows = whole.tolist(), []
+        indices = chain.from_iterable(dataset.samples_of(unit) for sequence in units for unit in sequence)
         for start, end in pairwise(batch.cu_seqlens.tolist()):
             if batch.is_pad is None or not batch.is_pad[start]:
                 at = ((batch.labels[start:end] != IGNORE).nonzero()[:, 0] + start).tolist()
                 tokens, index = batch.labels[at].tolist(), next(indices)
-                line = {"record": datasets[0].source(index), "tokens": tokens, "log_probs": [values[i] for i in at]}
+                line = {"record": dataset.source(index), "tokens": tokens, "log_probs": [values[i] for i in at]}
                 rows.append((index, line))
         return rows
 
-    order = each_once(datasets[0], settings, meshes.data_rank, meshes.data_size)
-    rows = chain.from_iterable(forward.by_round(datasets[0], order, rows_of))
-    lines = [line for _, line in sorted(rows, key=lambda row: row[0])]
+    kept = RowsFile(out.with_name(f"{out.name}.partial"), made_with(settings, dataset, weights))
+    lines = [line for _, line in sorted(forward.rows(kept, dataset, rows_of), key=lambda row: row[0])]
     if dist.get_rank() == 0:
         write_atomic(out, "".join(json.dumps(line) + "\n" for line in lines))
+        kept.path.unlink()
         logger.info(f"{out}: log-probabilities of {number_of(len(lines), 'sample')}")
 
 

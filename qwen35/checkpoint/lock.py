@@ -84,8 +84,8 @@ def _opened(folder: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _take(lock: Callable[[int, int], object], fd: int, kind: int) -> bool | None:
-    """Whether the lock was free, and is taken; None if the file system has no locks."""
+def take(lock: Callable[[int, int], object], fd: int, kind: int) -> bool | None:
+    """Whether the lock was free, and is taken now; None if the file system has no locks."""
     try:
         lock(fd, kind | fcntl.LOCK_NB)
     except OSError as error:
@@ -99,7 +99,7 @@ def _take(lock: Callable[[int, int], object], fd: int, kind: int) -> bool | None
 
 def _wait_for(lock: Callable[[int, int], object], fd: int, path: Path) -> bool | None:
     end = time.monotonic() + LOCK_TIMEOUT
-    while (taken := _take(lock, fd, fcntl.LOCK_EX)) is False:
+    while (taken := take(lock, fd, fcntl.LOCK_EX)) is False:
         if time.monotonic() > end:
             try:
                 owner = "process {pid} on {host}".format(**json.loads(path.read_text()))
@@ -115,7 +115,7 @@ def _wait_for(lock: Callable[[int, int], object], fd: int, path: Path) -> bool |
 def hold_for_reading(path: Path) -> int:
     """Open a file so that `removable` yields False until it is closed. Returns its descriptor."""
     fd = os.open(path, os.O_RDONLY)
-    _take(fcntl.flock, fd, fcntl.LOCK_SH)  # if it is being removed, the next read will say that it is missing
+    take(fcntl.flock, fd, fcntl.LOCK_SH)  # if it is being removed, the next read will say that it is missing
     return fd
 
 
@@ -127,4 +127,4 @@ def removable(path: Path) -> Iterator[bool]:
     several times.
     """
     with path.open("r+b") as file:
-        yield _take(fcntl.flock, file.fileno(), fcntl.LOCK_EX) is not False
+        yield take(fcntl.flock, file.fileno(), fcntl.LOCK_EX) is not False

@@ -55,11 +55,12 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     return settings
 
 
-def parse_dataset(text: str) -> str | tuple[DatasetFile, ...]:
+def parse_dataset(text: str, stage: str = "sft") -> str | tuple[DatasetFile, ...]:
     """What --data of a command names, a list of entries as in a recipe too. Raises SettingError."""
     if not text.startswith("["):
         return text
-    settings = from_flat({f"{TRAIN_SET}.basic_parameters.dataset": _override("--data", text)} | NO_RUN)
+    dataset_of = {f"{TRAIN_SET}.basic_parameters.dataset": _override("--data", text), "training.stage": stage}
+    settings = from_flat(dataset_of | NO_RUN)
     check_rules(settings)
     dataset = settings.data.dataset_param.basic_parameters.dataset
     if any(entry.weight != 1 for entry in dataset_entries(dataset)):

@@ -26,10 +26,10 @@ def check_rules(s: Settings) -> None:
     """Raises SettingError for the first rule that is violated."""
     every = (
         _data_rules,
+        _dpo_rules,
         _validation_rules,
         _training_rules,
         _lora_rules,
-        _dpo_rules,
         _profile_rules,
         _folders_rules,
         _names_rules,
@@ -139,6 +139,7 @@ def _dpo_rules(s: Settings) -> Iterator[str]:
     unused = {
         "training.neftune_noise_alpha": t.neftune_noise_alpha,  # the reference's log-probabilities have none
         "training.val_generate": t.val_generate,
+        "training.save_best: exact_match": t.save_best == "exact_match",
         "model.mtp_num_layers": s.model.mtp_num_layers,
         "model.loss_cfg.loss_type": s.model.loss_cfg.loss_type != LossCfg.loss_type,
         "training.lora.adapter": t.lora and t.lora.adapter,
@@ -149,13 +150,12 @@ def _dpo_rules(s: Settings) -> Iterator[str]:
     if t.dpo.label_smoothing and t.dpo.loss == "ipo":
         yield "training.dpo.label_smoothing means nothing to loss: ipo; leave it out"
     for param, place in zip(params, (TRAIN_SET, VALIDATION_SET), strict=False):
-        b = param.basic_parameters
-        if b.train_on_prompt:
-            yield f"{place}.basic_parameters.train_on_prompt: training.stage: dpo compares answers alone; leave it out"
-        if b.mask_history:
-            yield f"{place}.basic_parameters.mask_history: training.stage: dpo trains all behind the prompt; leave it out"
+        b, basic = param.basic_parameters, f"{place}.basic_parameters"
+        unread = (("train_on_prompt", False), ("mask_history", False), ("multi_turn", "split"))
+        for name in (name for name, harmless in unread if getattr(b, name) != harmless):
+            yield f"{basic}.{name} means nothing to training.stage: dpo, which trains the answers of a pair alone; leave it out"
         if b.truncation == "truncate":
-            yield f"{place}.basic_parameters.truncation: truncate would cut answers that are compared; use drop or error"
+            yield f"{basic}.truncation: truncate would cut answers that are compared; use drop or error"
 
 
 def _profile_rules(s: Settings) -> Iterator[str]:
@@ -202,6 +202,7 @@ def _folders_rules(s: Settings) -> Iterator[str]:
 
 
 COLUMNS: tuple[str, ...] = ("prompt", "query", "response", "history")
+SIDES = ("chosen", "rejected")
 TURNS: tuple[str, ...] = (
     "role_tag", "content_tag", "user_tag", "assistant_tag", "system_tag", "observation_tag", "function_tag",
 )  # fmt: skip
@@ -209,13 +210,13 @@ READ_BY = {"alpaca": COLUMNS, "sharegpt": ("messages", *TURNS)}  # format -> the
 
 
 def _names_rules(s: Settings) -> Iterator[str]:
-    param = s.data.dataset_param
+    param, has_pairs = s.data.dataset_param, s.training.stage == "dpo"
     entries = dataset_entries(param.basic_parameters.dataset)
     attrs = {f"{TRAIN_SET}.basic_parameters.dataset[{i}].attr": [e] for i, e in enumerate(entries) if e.attr}
     attrs[f"{TRAIN_SET}.attr"] = [entry for entry in entries if not entry.attr]
     for where, users in attrs.items():
         attr = (users[0].attr if users else None) or param.attr
-        groups = (("messages", "images", "videos", "tools", "system", *COLUMNS), TURNS[:2], TURNS[2:])
+        groups = (("messages", "images", "videos", "tools", "system", *COLUMNS, *SIDES), TURNS[:2], TURNS[2:])
         for names in groups:
             given = {name: getattr(attr, name) for name in names if getattr(attr, name) is not None}
             same = [name for name, value in given.items() if list(given.values()).count(value) > 1]
@@ -223,5 +224,8 @@ def _names_rules(s: Settings) -> Iterator[str]:
                 yield f"{where}: {' and '.join(same)} are both {given[same[0]]!r}; give each its own name"
         formats = {attr_of(entry, attr).format for entry in users}
         for kind, names in READ_BY.items():
-            if users and kind not in formats and (unread := [name for name in names if getattr(attr, name)]):
+            unread = [name for name in names if getattr(attr, name) and not (has_pairs and name == "prompt")]
+            if users and kind not in formats and unread:
                 yield f"{where}.{unread[0]} is read in files of format: {kind} alone, and none is; leave it out"
+        if not has_pairs and (unread := [name for name in SIDES if getattr(attr, name)]):
+            yield f"{where}.{unread[0]} is read with training.stage: dpo alone; set that, or leave it out"

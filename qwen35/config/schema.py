@@ -32,15 +32,13 @@ LONG_NAMES = {"bfloat16": "bf16", "float32": "fp32"}
 
 @dataclass(frozen=True)
 class PreprocessParameters:
-    # folder of the tokenizer and the processor; default: model.model_name_or_path
-    model_name_or_path: str | None = None
+    model_name_or_path: str | None = None  # folder of tokenizer and processor; default: model.model_name_or_path
     image_max_pixels: PositiveInt = 262144  # larger images are scaled down to this many pixels
     image_min_pixels: PositiveInt = 1024  # smaller images are scaled up to this many pixels
     video_max_pixels: PositiveInt = 65536  # videos with larger frames are scaled down to this many pixels per frame
     video_min_pixels: PositiveInt = 1024  # videos with smaller frames are scaled up to this many pixels per frame
     video_fps: PositiveFloat = 2.0  # frames sampled per second of video; also the rate of frame lists that name none
-    # most frames sampled from one video, which is sampled evenly if it is longer; at least 2: the
-    # model takes frames in pairs
+    # most frames sampled from one video, evenly if it is longer; at least 2: models take pairs
     video_maxlen: Annotated[StrictInt, Field(ge=2)] = 64
 
 
@@ -65,10 +63,12 @@ class Attr:
     system_tag: str | None = None  # the role of the system prompt; default: system or developer
     observation_tag: str | None = None  # the role of a tool's result; default: tool or observation
     function_tag: str | None = None  # the role of a tool call; default: function_call or tool_call
-    prompt: str | None = None  # format alpaca: the field with the question; default: instruction
+    prompt: str | None = None  # the question's field: of format alpaca, default: instruction; of pairs, default: prompt
     query: str | None = None  # format alpaca: the field with what follows it on a new line; default: input
     response: str | None = None  # format alpaca: the field with the answer; default: output
     history: str | None = None  # format alpaca: the field with earlier [question, answer] pairs; default: history
+    chosen: str | None = None  # stage dpo: the field with the chosen answer; default: chosen
+    rejected: str | None = None  # stage dpo: that with the other; default: rejected, rejected_response, …_messages
     # how a record's `objects` are written, by ms-swift's names (QWENVL_BBOX_FORMAT). legacy:
     # <|box_start|>(x1,y1),(x2,y2)<|box_end|>; new: [x1, y1, x2, y2], as Qwen3-VL and 3.5 answer
     bbox_format: Literal["legacy", "new"] = "legacy"

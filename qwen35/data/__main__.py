@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "convert":
             print(convert(Options(**{name: value for name, value in vars(args).items() if name != "command"})))
         elif args.command == "lengths":
-            first, *_ = dataset_files(dataset := parse_dataset(args.data))
+            first, *_ = dataset_files(dataset := parse_dataset(args.data, args.stage))
             basic = {"dataset": dataset, "dataset_dir": args.dataset_dir or str(first.parent)}
             with TemporaryDirectory(prefix="qwen35-") as images:  # those that records hold themselves
                 basic |= {"cutoff_len": args.cutoff_len, "cache_dir": images}

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen35.config.schema import TRAIN_SET, Attr
+from qwen35.config.rules import COLUMNS, SIDES
+from qwen35.config.schema import TRAIN_SET
 from qwen35.data.fields import FieldNames, Names, inside
 from qwen35.data.record import Record, RecordError
 from qwen35.errors import visible
@@ -132,10 +133,10 @@ class DataWarnings:
     fields: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
-    def expecting(cls, attr: Attr) -> "DataWarnings":
+    def expecting(cls, names: FieldNames) -> "DataWarnings":
         """Before any record is read: all fields that attr names are unseen, but the usual ones."""
-        names = _by_setting(FieldNames.of(attr))
-        return cls(unseen={s: name.own for s, (_, name) in names.items() if name.own and name.own not in name.usual})
+        own = {setting: name for setting, (_, name) in _by_setting(names).items()}
+        return cls(unseen={s: name.own for s, name in own.items() if name.own and name.own not in name.usual})
 
     def update(self, other: "DataWarnings") -> None:
         """Add those about other records."""
@@ -268,7 +269,7 @@ def _looks_like_visual(value: Any, name: str, names: FieldNames) -> bool:
 
 def _by_setting(names: FieldNames) -> dict[str, tuple[str, Names]]:
     """The settings in attr that name a field; not the roles, as an unknown role is an error."""
-    columns = zip(("prompt", "query", "response", "history"), names.alpaca, strict=True)
+    columns = [*zip(COLUMNS, names.alpaca, strict=True), *zip(SIDES, names.answers, strict=False)]
     of_record = {name: (RECORD, getattr(names, name)) for name in ("messages", "images", "videos", "tools", "system")}
     of_record |= {name: (RECORD, column) for name, column in columns}
     return of_record | {"role_tag": (TURN, names.role), "content_tag": (TURN, names.content)}

@@ -10,7 +10,7 @@ from qwen35.batch import PackedBatch
 from qwen35.config.schema import Attr, Settings, dataset_entries
 from qwen35.data.background import background_loader
 from qwen35.data.collator import check_agreement, check_patch_bucket, collate, vision_spec
-from qwen35.data.dataset import Dataset, Sample
+from qwen35.data.dataset import Dataset, Decoded, Sample
 from qwen35.data.files import ignored_sizes, longest_context
 from qwen35.data.image_processor import CONFIG
 from qwen35.data.mixture import Mixture, dataset_name
@@ -187,8 +187,9 @@ class DecodedBatches:
         for indices in packed:
             samples.append([])
             for index in indices:
+                decoded: dict[str, Decoded] = {}  # one copy of a pair's images is decoded
                 try:
-                    samples[-1] += [self.dataset[i] for i in self.dataset.samples_of(index)]
+                    samples[-1] += [self.dataset.sample(i, decoded) for i in self.dataset.samples_of(index)]
                 except RecordError as error:
                     if not self.dataset.skips_bad_records:
                         return error  # raised by the parent: the DataLoader would add a traceback

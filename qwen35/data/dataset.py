@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from qwen35.data.truncation import truncate
 from qwen35.errors import SettingError
 from qwen35.wording import number_of, number_of_visuals
 
+Decoded = tuple[Tensor, tuple[int, int, int], Any]  # patches of an image or video, its grid, a video's seconds
 EMBEDDED = re.compile("[0-9a-f]{64}")  # the name of an embedded image in cache_dir
 
 
@@ -112,7 +113,7 @@ class Dataset:
     def _warnings(self, training_attr: Attr | None, is_partial: bool) -> list[str]:
         """For the start of a run. is_partial: not all records were read. Raises SettingError."""
         dataset = self.preparation.basic.dataset
-        warnings, missing = DataWarnings.expecting(self.preparation.attr), list[str]()
+        warnings, missing = DataWarnings.expecting(self.preparation.names), list[str]()
         for number, (samples, entry) in enumerate(zip(self.files, dataset_entries(dataset), strict=False)):
             found = samples.warnings
             if entry.attr:  # it is not the other files' business
@@ -288,13 +289,19 @@ class Dataset:
         return self._source(int(self._kept[index]))
 
     def __getitem__(self, index: int) -> Sample:
-        """Decodes the images. Raises RecordError for one that is broken or has changed."""
+        return self.sample(index, {})
+
+    def sample(self, index: int, decoded: dict[str, Decoded]) -> Sample:
+        """Decodes the images that are not yet in `decoded`, which the sides of a pair share.
+
+        Raises RecordError for one that is broken or has changed.
+        """
         number = int(self._kept[index])
         ids, grids = self._part(number, "ids"), self._part(number, "grids")
         labels = shifted_labels(ids, self._part(number, "loss_mask"))
         positions = torch.from_numpy(position_ids(ids.numpy(), grids.tolist(), self.spec))
         pair = number // 2 if self.width > 1 else None
-        return Sample(ids.long(), labels, positions, self._pixels(number, grids), grids, pair)
+        return Sample(ids.long(), labels, positions, self._pixels(number, grids, decoded), grids, pair)
 
     def pictures(self, index: int, sample: Sample) -> list[np.ndarray]:
         """[H, W, 3] uint8: a sample's images and first frames of videos, as the model sees them."""
@@ -307,24 +314,25 @@ class Dataset:
             shown.append(format_.picture(patches, grid))
         return shown
 
-    def _pixels(self, number: int, grids: Tensor) -> Tensor:
+    def _pixels(self, number: int, grids: Tensor, decoded: dict[str, Decoded]) -> Tensor:
         """[P, 3*2*16*16] patches of all images and videos of a sample. Raises RecordError."""
         samples, i = self._locate(number)
         first = int(samples.image_offsets[i])
         pixels = [torch.zeros(0, self.preparation.patch_dim)]
         for value, grid in zip(samples.visuals[first : first + len(grids)], grids.tolist(), strict=True):
-            visual = visual_from_json(value)
+            visual, key, videos = visual_from_json(value), repr(value), self.preparation.videos
             if moved := next((path for path in paths_of(visual) if os.path.realpath(path) != str(path)), None):
                 raise RecordError(
                     f"{samples.sources[i]}: {moved}: has become a link, or a folder above it has, since it was measured; "
                     "empty cache_dir"
                 )
             try:
-                patches, new_grid = self.preparation.patches(visual)
-                videos = self.preparation.videos
-                times = videos.select_frames(visual).timestamps if videos and isinstance(visual, Video) else None
+                if key not in decoded:
+                    times = videos.select_frames(visual).timestamps if videos and isinstance(visual, Video) else None
+                    decoded[key] = (*self.preparation.patches(visual), times)
             except ImageError as error:
                 raise RecordError(f"{samples.sources[i]}: {visual}: {error}") from None
+            patches, new_grid, times = decoded[key]
             if list(new_grid) != grid or (not isinstance(value, str) and times != value["seconds"]):
                 raise RecordError(f"{samples.sources[i]}: {visual}: has changed since it was measured; empty cache_dir")
             pixels.append(patches)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import starmap
 from typing import Any
 
 from qwen35.config.schema import Attr
@@ -41,7 +42,7 @@ def _harmless(**names_by_reason: str) -> frozenset[str]:
 PREFERENCES = _refused(
     (
         "chosen rejected rejected_messages rejected_response rejected_images",
-        "preference pairs are not trained; attr.messages says which field holds the turns to train (training.stage: dpo: both)",
+        "training.stage: dpo learns from preference pairs; without it attr.messages says which field holds the turns to train",
         None,
     ),
 )
@@ -313,8 +314,8 @@ class FieldNames:
             REFUSED_IN_RECORDS if attr.messages or pairs else REFUSED_IN_RECORDS | PREFERENCES,
             frozenset(PREFERENCES if attr.messages and not pairs else ()),
             frozenset(attr.ignore),
-            tuple(Names(None, usual) for usual in (ANSWERS if pairs else ())),
-            Names(None, ("prompt",) if pairs and attr.format == "sharegpt" and "prompt" not in attr.ignore else ()),
+            tuple(starmap(Names, zip((attr.chosen, attr.rejected), ANSWERS, strict=True))) if pairs else (),
+            Names(attr.prompt, ("prompt",) * (pairs and attr.format == "sharegpt" and "prompt" not in attr.ignore)),
         )
         needed = {*names.read, *names.role.all_names(), *names.content.all_names(), *BESIDE_CONTENT}
         if wrong := [name for name in attr.ignore if name in needed]:

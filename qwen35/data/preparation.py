@@ -14,6 +14,7 @@ from qwen35.config.schema import Attr, BasicParameters, DatasetFile, Settings, a
 from qwen35.data.chat_template import ChatTemplate
 from qwen35.data.checkpoint_template import checkpoint_pieces, checkpoint_prompt
 from qwen35.data.conversations import conversations
+from qwen35.data.fields import FieldNames
 from qwen35.data.files import is_text_only
 from qwen35.data.image_processor import ImageError, ImageProcessor, Odd
 from qwen35.data.media import ImageFolder
@@ -79,6 +80,11 @@ class Preparation:
         style, template = style_of(folder, basic), reference_template(folder, basic)
         is_dpo = settings.training.stage == "dpo"
         return cls(tokenizer, images, basic, param.attr, videos, style, template, is_dpo)
+
+    @property
+    def names(self) -> FieldNames:
+        """Of the records' fields. Raises SettingError."""
+        return FieldNames.of(self.attr, self.pairs)
 
     @property
     def unit(self) -> str:

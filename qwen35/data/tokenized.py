@@ -87,7 +87,7 @@ def _make_shared(
         while not shards.entry.is_file():
             parts = _parts(file, preparation, limit, progress, shards.claim)
             for shard, group in groupby(parts, key=lambda part: part[0]):
-                made = Collected(DataWarnings.expecting(preparation.attr))
+                made = Collected(DataWarnings.expecting(preparation.names))
                 for _, part in group:
                     shards.keep()
                     made.extend(part)
@@ -97,7 +97,7 @@ def _make_shared(
             ):
                 progress(f"{file}, of which other machines tokenise {len(missing)} shards", 0)
                 time.sleep(POLL_INTERVAL)
-            made = Collected(DataWarnings.expecting(preparation.attr))
+            made = Collected(DataWarnings.expecting(preparation.names))
             if not missing and shards.joined(made):
                 samples = made.samples(str(file))
                 write_samples(samples, shards.entry)
@@ -175,7 +175,7 @@ def _refuse(dataset_dir: str, error: RecordError) -> NoReturn:
 
 def make_samples(file: Path, preparation: Preparation, limit: int | None, progress: Progress = silent) -> FileSamples:
     """Read and tokenise a file. Raises RecordError for an unusable record, unless it is skipped."""
-    made = Collected(DataWarnings.expecting(preparation.attr))
+    made = Collected(DataWarnings.expecting(preparation.names))
     for _, part in _parts(file, preparation, limit, progress, lambda shard: True):
         made.extend(part)
     return made.samples(str(file))
@@ -230,7 +230,7 @@ class Tokeniser:
     def __getitem__(self, job: Job | UserError) -> tuple[int, Collected] | UserError:
         if isinstance(job, UserError):
             return job
-        made = Collected(DataWarnings.expecting(self.preparation.attr))
+        made = Collected(DataWarnings.expecting(self.names))
         made.warnings.counts = job.counts
 
         def skip(error: RecordError) -> None:
@@ -259,7 +259,7 @@ def _parts(
     file: Path, preparation: Preparation, limit: int | None, progress: Progress, claim: Callable[[int], bool]
 ) -> Generator[tuple[int, Collected], None, None]:
     """(shard, samples) of each job, in order. claim: whether to make a shard, asked for each."""
-    names = FieldNames.of(preparation.attr, preparation.pairs)
+    names = preparation.names
     workers = workers_for(file, limit, preparation.basic.cache_dir is not None)
     tokeniser = Tokeniser(file, preparation, names, preparation.folder(), silent if workers else progress)
     advice = "a run has one for each core that taskset leaves to it"

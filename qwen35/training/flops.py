@@ -68,20 +68,17 @@ class Flops:
         if batch.pairs is not None:
             flops += labels * self.forward_per["label"]  # again in the backward pass, see token_log_probs
             if batch.reference is None:
-                flops += self.of(tokens, lengths, labels, grids, flops_per=self.forward_per)
+                flops += self.of(tokens, lengths, labels, grids, forward=True)
         return flops
 
     def of(
-        self,
-        tokens: int,
-        lengths: Tensor,
-        labels: int,
-        grid_thw: Tensor,
-        mtp_labels: int = 0,
-        flops_per: Mapping[str, float] | None = None,
+        self, tokens: int, lengths: Tensor, labels: int, grid_thw: Tensor, mtp_labels: int = 0, forward: bool = False
     ) -> float:
-        """FLOPs of sequences of `lengths` [S]; the head counts at labels only, those of MTP too."""
-        flops_per = flops_per or self.flops_per
+        """FLOPs of sequences of `lengths` [S]; the head counts at labels only, those of MTP too.
+
+        forward: of a forward pass alone, without adapters.
+        """
+        flops_per = self.forward_per if forward else self.flops_per
         frames, patches = grid_thw[:, 0], grid_thw[:, 1] * grid_thw[:, 2]
         counts = {
             "token": tokens,

@@ -44,18 +44,13 @@ def make_mtp_targets(batch: PackedBatch, loss_type: str) -> MTPTargets:
 
 
 def token_loss(
-    model: Qwen35,
-    batch: PackedBatch,
-    weights: Tensor,
-    mtp_targets: MTPTargets | None,
-    mtp_factor: float,
-    load: Tensor | None,
+    model: Qwen35, batch: PackedBatch, weights: Tensor, mtp: MTPTargets | None, mtp_factor: float, load: Tensor | None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As `Qwen35.loss`, with the sums of the weighted cross entropies of each prediction."""
-    loss, aux, losses = model.loss(batch, weights, mtp_targets, mtp_factor, load)
+    loss, aux, losses = model.loss(batch, weights, mtp, mtp_factor, load)
     found = [(weights * losses[: len(weights)]).sum()]
-    if mtp_targets is not None:
-        found.append((mtp_targets.weights * losses[len(weights) :]).sum())
+    if mtp is not None:
+        found.append((mtp.weights * losses[len(weights) :]).sum())
     return loss, aux, found
 
 

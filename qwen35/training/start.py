@@ -56,6 +56,11 @@ def choose_weights(settings: Settings, goes_on: bool = True) -> Chosen:
                     f"training.load: {t.load} and training.lora.adapter: {t.lora.adapter} both hold adapters to go on from;"
                     " leave one out"
                 )
+            if t.stage == "dpo" and goes_on and not newest:
+                raise SettingError(
+                    f"training.load: {t.load} holds adapters, and the reference of pairs is a base without any; merge them "
+                    "first (make export), and start from that folder: training.init_from_hf_path"
+                )
             return Chosen(path, Path(t.init_from_hf_path or AdapterRun.of(read_info(path)).base))
         if t.lora and newest:
             raise SettingError(
@@ -108,6 +113,11 @@ class Start:
             self.notes += folder.notes
         else:
             self.sources.append(InitialAdapters(saved_parameters(model), settings.training.seed))
+
+    def digest(self) -> str:
+        """Of what `load` will load: the base, and the adapters if there are any."""
+        names = [base_parameters(self.model), *([saved_parameters(self.model)] if self.lora else [])]
+        return " ".join(map(digest, self.sources, names))
 
     def load(self, optimizer: Optimizer | None, progress: Callable[[int], object]) -> None:
         """Fill the model, sharded by now, and the optimizer; end the hold on checkpoints."""

@@ -30,7 +30,7 @@ from qwen35.parallel.mesh import Meshes
 from qwen35.training.adapters import choose_trained
 from qwen35.training.dpo import METRICS, preference_loss
 from qwen35.training.history import MOST_ANSWERS
-from qwen35.training.loss import make_mtp_targets, token_weights
+from qwen35.training.loss import make_mtp_targets, token_loss, token_weights
 from qwen35.wording import number_of
 
 
@@ -124,14 +124,11 @@ class Validation:
         *totals, rank_messages = zip(*all_values, strict=True)
         *all_sums, labels, others, right, answered = (sum(values) for values in totals)
         messages = list(dict.fromkeys(chain.from_iterable(rank_messages)))
-        if self.settings.training.stage == "dpo":
-            losses = {name: total / max(others, 1) for name, total in zip(("loss", *METRICS), all_sums, strict=True)}
-        else:
-            losses = {"loss": all_sums[0] / max(labels, 1)}
-        mtp = self.settings.model.mtp_num_layers
+        is_dpo = self.settings.training.stage == "dpo"
+        divisors = [others if is_dpo else labels, *[others] * (len(all_sums) - 1)]
+        losses = zip(("loss", *(METRICS if is_dpo else ("mtp_loss",))), all_sums, divisors, strict=False)
         metrics = {
-            **{f"val_{name}": value for name, value in losses.items()},
-            "val_mtp_loss": all_sums[1] / max(others, 1) if mtp else None,
+            **{f"val_{name}": total / max(divisor, 1) for name, total, divisor in losses},
             "val_tokens": labels,
             "val_exact_match": right / answered if answered else None,
             "val_bad_records": len(messages) or None,
@@ -162,11 +159,10 @@ class Validation:
             part, weights = part.to(self.device), to_device(weights, self.device)
             mtp_targets = mtp_targets.to(self.device) if mtp_targets else None
             if part.pairs is not None:
-                one = torch.ones((), device=self.device)
-                sums.append(torch.stack(preference_loss(model, part, t.dpo, self.meshes, one)[2]))
-                continue
-            _, _, losses = model.loss(part, weights, mtp_targets)
-            sums.append(torch.stack([losses[: len(weights)].sum(), losses[len(weights) :].sum()]))
+                *_, found = preference_loss(model, part, t.dpo, self.meshes, torch.ones((), device=self.device))
+            else:
+                *_, found = token_loss(model, part, weights, mtp_targets, 1.0, None)
+            sums.append(torch.stack(found))
         reshard(model)
         return torch.stack(sums).cpu().double().sum(0).tolist(), tokens, bad
 

@@ -202,16 +202,25 @@ def test_what_adapters_do_not_go_with(recipe, beside, words):
     [
         ("training.neftune_noise_alpha=5", "training.neftune_noise_alpha cannot be combined with training.stage: dpo"),
         ("training.val_generate=true", "training.val_generate cannot be combined"),
+        (
+            "training.save_best=exact_match",
+            "training.save_best: exact_match cannot be combined with training.stage: dpo",
+        ),
         ("model.mtp_num_layers=1", "model.mtp_num_layers cannot be combined"),
         ("model.loss_cfg.loss_type=per_token_loss", "model.loss_cfg.loss_type cannot be combined"),
         ("training.lora={r: 8, adapter: x}", "training.lora.adapter cannot be combined .* merge it into the weights"),
         ("training.dpo={loss: ipo, label_smoothing: 0.1}", "label_smoothing means nothing to loss: ipo"),
         ("training.dpo.label_smoothing=0.5", "training.dpo.label_smoothing: 0.5 must be below 0.5"),
         ("training.dpo.loss=hinge", "training.dpo.loss: 'hinge' is not one of 'sigmoid' or 'ipo'"),
-        ("data.dataset_param.basic_parameters.train_on_prompt=true", "train_on_prompt: training.stage: dpo compares"),
         (
-            "data.dataset_param.basic_parameters.mask_history=true",
-            "mask_history: training.stage: dpo trains all behind",
+            "data.dataset_param.basic_parameters.train_on_prompt=true",
+            "train_on_prompt means nothing to training.stage: dpo",
+        ),
+        ("data.dataset_param.basic_parameters.mask_history=true", "^data.dataset_param.*mask_history means nothing to"),
+        ("data.val_dataset_param.basic_parameters.mask_history=true", "^data.val_dataset_param.*mask_history means"),
+        (
+            "data.dataset_param.basic_parameters.multi_turn=joined",
+            "multi_turn means nothing to .* the answers of a pair",
         ),
         ("data.dataset_param.basic_parameters.truncation=truncate", "truncate would cut answers that are compared"),
         ("training.stage=sft", "training.dpo means nothing without training.stage: dpo"),
@@ -223,6 +232,24 @@ def test_what_preference_tuning_does_not_go_with(recipe, beside, words):
     assert load_settings(recipe, dpo).training.dpo == DpoSettings(beta=0.2)
     with pytest.raises(SettingError, match=words):
         load_settings(recipe, [*dpo, beside])
+
+
+def test_names_of_the_fields_of_pairs(recipe):
+    attr = "data.dataset_param.attr"
+    names = [f"{attr}.prompt=p", f"{attr}.chosen=good", f"{attr}.rejected=bad"]
+    assert load_settings(recipe, ["training.stage=dpo", *names]).data.dataset_param.attr.chosen == "good"
+    for name, words in (
+        (names[0], "prompt is read in files of format: alpaca alone, and none is"),
+        (names[1], "chosen is read with training.stage: dpo alone; set that, or leave it out"),
+        (names[2], "rejected is read with training.stage: dpo alone"),
+    ):
+        with pytest.raises(SettingError, match=rf"^{attr}\.{words}"):
+            load_settings(recipe, [name])
+    entry = "[{file: a.json, attr: {chosen: good}}]"
+    with pytest.raises(SettingError, match=r"dataset\[0\]\.attr\.chosen is read with training\.stage: dpo alone"):
+        load_settings(recipe, [f"data.dataset_param.basic_parameters.dataset={entry}"])
+    with pytest.raises(SettingError, match=r"chosen and rejected are both 'x'; give each its own name"):
+        load_settings(recipe, ["training.stage=dpo", f"{attr}.chosen=x", f"{attr}.rejected=x"])
 
 
 def test_rules_of_the_template(recipe):

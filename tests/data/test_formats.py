@@ -348,7 +348,7 @@ BROKEN = {
     ),
     "a preference pair": (
         [TEXT | {"chosen": TEXT["conversations"][1], "rejected": {"from": "gpt", "value": "No"}}],
-        r"record 1: has chosen, which is not read; preference pairs are not trained; attr.messages says which field holds",
+        r"record 1: has chosen, which is not read; training.stage: dpo learns from preference pairs; without it attr.messages",
     ),
     "no placeholder": (
         [TEXT | {"image": "a.jpg"}],

@@ -1,6 +1,7 @@
 """Preference pairs: their formats, the tokens of both sides, packing, and what is refused."""
 
 import json
+import shutil
 from collections import Counter
 from itertools import islice
 
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optional import write_parquet
 from PIL import Image
+from tokenizer_fixture import PUBLISHED, make_model_folder
 from transformers import AutoTokenizer
 
 from qwen35.batch import IGNORE
@@ -23,12 +25,14 @@ from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.dataset import Dataset
 from qwen35.data.fields import FieldNames
 from qwen35.data.formats import parse_record, read_records
+from qwen35.data.image_processor import ImageProcessor
 from qwen35.data.media import ImageFolder
 from qwen35.data.preparation import Preparation
 from qwen35.data.preview import lengths_report, show
 from qwen35.data.record import Turn
 from qwen35.data.tokenized import load_samples
 from qwen35.data.validation import ValidationSet
+from qwen35.errors import SettingError
 from qwen35.training.history import first_samples
 from qwen35.training.plots import lengths
 
@@ -214,6 +218,20 @@ REFUSED = {
     "other images": (PAIR | {"rejected_images": ["b.png"]}, r": has rejected_images other than its images"),
     "other audio": (PAIR | {"rejected_audios": ["b.wav"]}, r": has rejected_audios, which is not read but looks like"),
     "a label": (PAIR | {"label": False}, r": has label, which is not read"),
+    "a weight": (PAIR | {"weight": 0.5}, r": has weight, which is not read; a record has no weight"),
+    "a loss": (PAIR | {"loss_scale": 0}, r": has loss_scale, which is not read"),
+    "a weighted turn": (
+        PAIR | {"chosen": assistant("Good", weight=0)},
+        r": turn 1 \(chosen\) is marked not to be trained",
+    ),
+    "a masked question": (
+        {"prompt": [{**user("b"), "loss_mask": 1}], "chosen": "Good", "rejected": "Bad"},
+        r": turn 0 \(chosen\) is marked to be trained, but of a pair",
+    ),
+    "boxes of one answer": (
+        PAIR | {"rejected": "<bbox>", "objects": {"bbox": [[0, 0, 1, 1]]}},
+        r", objects\.bbox: has 1, but 0 <bbox> stand in the turns",
+    ),
 }
 
 
@@ -280,6 +298,45 @@ def test_attr_may_name_what_fine_tuning_has_read(tmp_path):
     assert [turn.text for side in (pair, pair.rejected) for turn in side.turns] == ["b", "Good", "b", "Bad"]
     (pair,) = read(tmp_path, [raw | {"talk": GOOD}], messages="talk")
     assert pair == plain
+
+
+NAMED = {  # what attr names is where the usual names are; a field `chosen` may then say which of two it is
+    "texts": {"ask": "b", "good": "Good", "bad": "Bad", "chosen": 0},
+    "turns": {"ask": [user("b")], "good": [assistant("Good")], "bad": assistant("Bad")},
+    "conversations": {"good": [user("b"), assistant("Good")], "bad": [user("b"), assistant("Bad")]},
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("format_", ["sharegpt", "alpaca"])
+def test_attr_names_the_prompt_and_the_answers(tmp_path, name, format_):
+    warnings, raw = DataWarnings(), NAMED[name]
+    if format_ == "alpaca" and name != "texts":
+        raw = raw | {"ask": "b"}
+    attr = {"format": format_, "prompt": "ask", "chosen": "good", "rejected": "bad"}
+    (pair,) = read(tmp_path, [raw], warnings, **attr)
+    assert [[turn.text for turn in side.turns] for side in (pair, pair.rejected)] == [["b", "Good"], ["b", "Bad"]]
+    assert warnings.counts.keys() == ({"unread"} if "chosen" in raw else set())
+    dotted = {"ask": "b", "of": {"good": "Good", "bad": "Bad"}}
+    attr |= {"chosen": "of.good", "rejected": "of.bad"}
+    (pair,) = read(tmp_path, [dotted], **attr)
+    assert (pair.turns[1].text, pair.rejected.turns[1].text) == ("Good", "Bad")
+    with pytest.raises(RecordError, match=r"has no rejected answer in of\.bad or rejected or rejected_response"):
+        read(tmp_path, [{"ask": "b", "of": {"good": "Good"}}], **attr)
+
+
+def test_a_name_that_no_pair_has_is_an_error(home, folder):
+    entry = [
+        {"file": f"{home}/pairs.json"},
+        {"file": f"{home}/named.json", "attr": {"chosen": "good", "rejected": "bad"}},
+    ]
+    (home / "named.json").write_text(json.dumps([{"prompt": "b", "good": "Good", "bad": "Bad"}]))
+    assert len(MicroBatches(recipe(home, folder, **{f"{BASIC}.dataset": entry}), 0, 1).dataset) == 41
+    (home / "named.json").write_text(json.dumps([PAIR]))
+    with pytest.raises(
+        SettingError, match=r"dataset\[1\]\.attr\.chosen: no record of .*named\.json has a field 'good'"
+    ):
+        MicroBatches(recipe(home, folder, **{f"{BASIC}.dataset": entry}), 0, 1)
 
 
 # -- tokens ----------------------------------------------------------------------------------------
@@ -397,6 +454,31 @@ def test_both_sides_are_what_the_template_writes(home, folder, name):
     assert prompts[0] == prompts[1]
 
 
+@pytest.mark.parametrize(
+    ("template", "given"),
+    [
+        ("chat_template.jinja", {"enable_thinking": True}),
+        ("chat_template_qwen3_6.jinja", {"preserve_thinking": True}),
+        ("chat_template_qwen3_6.jinja", {"preserve_thinking": False}),
+        ("chat_template_qwen3_8.jinja", {"preserve_thinking": False, "reasoning_effort": "low"}),
+    ],
+)
+def test_what_a_recipe_gives_the_template_holds_for_both_sides(home, tmp_path, template, given):
+    folder = make_model_folder(tmp_path / "model")
+    shutil.copy(PUBLISHED / template, folder / "chat_template.jinja")
+    prompt, chosen, rejected, _ = TALKS["thoughts"]
+    (home / "x.json").write_text(json.dumps([{"prompt": prompt, "chosen": chosen, "rejected": rejected}]))
+    flat = {f"{BASIC}.{name}": value for name, value in (given | {"dataset": f"{home}/x.json"}).items()}
+    dataset = MicroBatches(recipe(home, folder, **flat, **{f"{BASIC}.cutoff_len": 1024}), 0, 1).dataset
+    theirs, given = AutoTokenizer.from_pretrained(folder), {"tokenize": False, "enable_thinking": True} | given
+    asked = theirs.apply_chat_template(prompt, add_generation_prompt=True, **given)
+    assert ("old" in asked) == given.get("preserve_thinking", False)
+    for answer, i in zip((chosen, rejected), dataset.samples_of(0), strict=True):
+        whole, sample = theirs.apply_chat_template([*prompt, *answer], **given), dataset[i]
+        assert theirs.decode(sample.input_ids.tolist()) == whole
+        assert theirs.decode(sample.labels[sample.labels != IGNORE].tolist()) == whole.removeprefix(asked)
+
+
 @pytest.mark.parametrize("name", TALKS)
 def test_any_template_of_a_checkpoint_writes_the_same(home, folder, name):
     prompt, chosen, rejected, more = TALKS[name]
@@ -508,7 +590,7 @@ def test_the_cache_and_the_fingerprint_know_the_stage(home, folder):
     assert Preparation.of(dpo).cache_key(home / "x.json", None) != Preparation.of(sft).cache_key(home / "x.json", None)
     (home / "x.json").write_text(json.dumps(records))
     assert len(load_samples(home / "x.json", Preparation.of(dpo), None).sources) == 2
-    with pytest.raises(RecordError, match="has rejected_response, which is not read; preference pairs are not trained"):
+    with pytest.raises(RecordError, match=r"has rejected_response, which is not read; training\.stage: dpo learns"):
         MicroBatches(sft, 0, 1)
 
 
@@ -523,6 +605,38 @@ def test_what_is_odd_in_a_pair_is_said_once(home, folder):
     flat = {f"{BASIC}.dataset": f"{home}/x.json", f"{BASIC}.cutoff_len": 1024}
     _, *lines = MicroBatches(recipe(home, folder, **flat), 0, 1).report().splitlines()
     assert len(lines) == 1 and "control tokens are spelled in the text of 1 record, and kept as characters" in lines[0]
+
+
+def test_boxes_stand_where_both_answers_see_them(home, folder):
+    raw = {"prompt": "<image>What is at <bbox>?", "chosen": "A cat.", "rejected": "A dog.", "images": ["1_0.png"]}
+    raw |= {"objects": {"bbox": [[0.25, 0.5]], "bbox_type": "norm1"}}
+    (pair,) = read(home, [raw], bbox_format="new")
+    assert [side.turns[0].text for side in (pair, pair.rejected)] == ["What is at [250, 500]?"] * 2
+
+
+def test_max_samples_counts_pairs(home, folder):
+    few = MicroBatches(recipe(home, folder, **{f"{BASIC}.max_samples": 43}), 0, 1)
+    assert len(few.dataset) == 43 and few.dataset.sizes == [40, 3]
+
+
+@pytest.mark.parametrize("special", ["tokens", "text"])
+def test_special_tokens_in_the_prompt_of_both(home, folder, special):
+    (home / "x.json").write_text(json.dumps([PAIR | {"prompt": "<|box_start|>"}]))
+    flat = {f"{BASIC}.dataset": f"{home}/x.json", f"{BASIC}.special_tokens_in_prompts": special}
+    dataset = MicroBatches(recipe(home, folder, **flat), 0, 1).dataset
+    box = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|box_start|>")
+    assert [(dataset[i].input_ids == box).sum() for i in (0, 1)] == [int(special == "tokens")] * 2
+
+
+def test_an_image_of_both_answers_is_decoded_once(home, folder, monkeypatch):
+    decoded, decode = Counter(), ImageProcessor.patches
+    loader = MicroBatches(recipe(home, folder, **{"data.dataloader_param.shuffle": False}), 0, 1)
+    batches = list(islice(loader, loader.sequences_per_epoch))
+    monkeypatch.setattr(ImageProcessor, "patches", lambda self, path: decoded.update([path.name]) or decode(self, path))
+    for a, b in zip(batches, islice(loader, loader.sequences_per_epoch), strict=True):
+        assert torch.equal(a.pixel_values, b.pixel_values) and torch.equal(a.grid_thw, b.grid_thw)
+    assert len(decoded) == 39 and set(decoded.values()) == {1}
+    assert len(loader.dataset[4].pixel_values) == len(loader.dataset[5].pixel_values) > 0  # a side by itself
 
 
 def test_weights_repeat_pairs(home, folder):
@@ -625,8 +739,14 @@ def test_the_lengths_of_any_file_of_pairs(home, folder, capsys):
     command = ["lengths", "--data", str(home / "pairs.json"), "--tokenizer", str(folder)]
     assert main([*command, "--stage", "dpo"]) == 0
     assert "pairs.json: 40 records, 40 pairs" in capsys.readouterr().out
+    (home / "named.json").write_text(json.dumps([{"prompt": "b", "good": "Good", "bad": "Bad"}]))
+    named = f"[{{file: {home}/named.json, attr: {{chosen: good, rejected: bad}}}}]"
+    assert main(["lengths", "--data", named, *command[3:], "--stage", "dpo"]) == 0
+    assert "named.json: 1 record, 1 pair" in capsys.readouterr().out
+    assert main(["lengths", "--data", named, *command[3:]]) == 1
+    assert "attr.chosen is read with training.stage: dpo alone" in capsys.readouterr().err
     assert main(command) == 1
-    assert "has chosen, which is not read; preference pairs are not trained" in capsys.readouterr().err
+    assert "has chosen, which is not read; training.stage: dpo learns from pref" in capsys.readouterr().err
 
 
 def test_the_page_of_a_run_shows_both_sides(home, folder):

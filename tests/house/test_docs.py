@@ -30,6 +30,7 @@ NOT_RUN = (
     "test-versions",
     "test-browser",
     "test-trackers",
+    "test-trl",
     "rehearse",
     "plan",
     "bench",

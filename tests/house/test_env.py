@@ -105,7 +105,7 @@ BAD = [
 ]
 
 TARGETS = """help install doctor accept download convert export data show finetune report preflight plan rehearse generate
-    predict logprobs evaluate bench test test-versions test-browser test-trackers lint docs clean""".split()
+    predict logprobs evaluate bench test test-versions test-browser test-trackers test-trl lint docs clean""".split()
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from training_runs import assert_same_run, make_workplace, tensors, train, train
 
 from qwen35.checkpoint import load_pretrained
 from qwen35.checkpoint.convert import dcp_to_hf
+from qwen35.checkpoint.tensor_file import checksum
 from qwen35.config.load import load_settings
 from qwen35.data.dataloader import DecodedBatches, open_dataset
 from qwen35.data.tokenized import silent
@@ -22,11 +25,14 @@ from qwen35.errors import SettingError
 from qwen35.logprobs import log_probs
 from qwen35.training.dpo import METRICS
 from qwen35.training.metrics import read_metrics
-from qwen35.training.reference import ReferenceFile
+from qwen35.training.reference import reference_file
+from qwen35.training.start import choose_weights
 
 BASIC = "data.dataset_param.basic_parameters"
 STEPS = ("training.train_iters=8", "training.save_interval=4", "training.log_interval=1")
 DPO = ("training.stage=dpo", *STEPS, "training.lr_decay_style=constant", "training.lr=1e-3")
+
+HOLDING = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, 2); print(flush=True); sys.stdin.read()"
 
 
 def pairs(folder: Path, numbers: range) -> list[dict]:
@@ -61,6 +67,15 @@ def logprobs(workplace: Path, save: Path, processes: int, out: str, *overrides: 
     return out
 
 
+def refused(workplace: Path, folder: Path, out: str, *overrides: str) -> str:
+    command = train_command(workplace, folder / "unused", 2, *overrides)
+    command[3:3] = ["--logprobs", out]
+    process = Forked(launched, command, {})
+    err = process.communicate(300)[1]
+    assert process.returncode == 1, err
+    return err
+
+
 def rows(path: Path) -> list:
     """Of a reference's file, without the micro-batches that hold padding alone."""
     lines = [json.loads(json.loads(line)[1]) for line in path.read_text().splitlines()]
@@ -74,7 +89,7 @@ def whole(workplace, tmp_path_factory) -> Path:
     val = f"data.val_dataset_param.basic_parameters.dataset={workplace / 'heldout.json'}"
     done = train(workplace, save, 2, *dpo(workplace, val, "training.val_interval=4"))
     assert done.returncode == 0, done.stderr
-    assert "computing the log-probabilities of the reference" in done.stdout
+    assert "computing log-probabilities, which " in done.stdout
     return save
 
 
@@ -96,6 +111,27 @@ def test_a_run_learns_the_pairs_and_says_so(whole):
     assert "margin of the rewards" in page and "pairs whose chosen answer gains more" in page
 
 
+def test_what_other_runs_set_holds_for_pairs(workplace, tmp_path):
+    """Frozen parts, factors of the learning rate, AdamW on the host, the best validation."""
+    val = f"data.val_dataset_param.basic_parameters.dataset={workplace / 'heldout.json'}"
+    words = dpo(workplace, val, "training.val_interval=2", "training.save_best=loss", "training.optimizer=adamw_swap")
+    words += ["model.freeze=[model.visual]", "training.lr_by_module={lm_head: 0.001}", f"{BASIC}.max_samples=12"]
+    words += ["training.early_stopping_patience=1", "training.lr=0.1"]
+    done = train(workplace, tmp_path / "run", 2, *words)
+    assert done.returncode == 0, done.stderr
+    assert "data: 12 pairs of 1 file" in done.stdout
+    losses = {
+        line["step"]: line["val_loss"] for line in read_metrics(tmp_path / "run/metrics.jsonl") if "val_loss" in line
+    }
+    best = min(losses, key=losses.__getitem__)
+    assert max(losses) == min(8, best + 2) and (tmp_path / f"run/iter_{best:07d}").is_dir()
+    assert (tmp_path / "run/best_checkpointed_iteration.txt").read_text().strip() == str(best)
+    before, after = load_pretrained(workplace / "weights", torch.float32).state_dict(), tensors(tmp_path / "run")
+    moved = {name: float((after[name] - value).abs().max()) for name, value in before.items()}
+    assert not any(value for name, value in moved.items() if name.startswith("model.visual"))
+    assert 0 < moved["lm_head.weight"] < 0.01 < moved["model.language_model.layers.0.mlp.gate.weight"]
+
+
 def test_a_resumed_run_goes_on_bit_for_bit(workplace, whole, tmp_path):
     """By then the weights are others, so the reference's file must be there, or computed anew."""
     save, words = tmp_path / "run", dpo(workplace)
@@ -105,12 +141,12 @@ def test_a_resumed_run_goes_on_bit_for_bit(workplace, whole, tmp_path):
     file.unlink()
     done = train(workplace, save, 2, *words)
     assert done.returncode == 1
-    assert "has the reference's log-probabilities of 0 of" in done.stderr and "make logprobs" in done.stderr
+    assert "has 0 of" in done.stderr and "make logprobs" in done.stderr
     logprobs(workplace, save, 2, "-", *words)
     assert file.read_bytes() == before
     done = train(workplace, save, 2, *words)
     assert done.returncode == 0, done.stderr
-    assert "computing the log-probabilities" not in done.stdout
+    assert f"log-probabilities from {file}" in done.stdout and "computing log-probabilities" not in done.stdout
     assert_same_run(save, whole)
 
 
@@ -124,7 +160,7 @@ def test_ranks_share_the_reference_and_its_file_is_used_again(workplace, whole, 
     assert of_run.read_bytes() == before  # what the trainer computes is what the command does
     done = train(workplace, tmp_path / "run", 1, *dpo(workplace, cache, "training.gradient_accumulation_steps=2"))
     assert done.returncode == 0, done.stderr
-    assert "computing the log-probabilities" not in done.stdout and file.read_bytes() == before
+    assert "computing log-probabilities" not in done.stdout and file.read_bytes() == before
     for a, b in zip(read_metrics(tmp_path / "run/metrics.jsonl"), read_metrics(whole / "metrics.jsonl"), strict=True):
         assert [a[k] for k in ("loss", *METRICS)] == pytest.approx(
             [b[k] for k in ("loss", *METRICS)], rel=1e-3, abs=1e-4
@@ -151,6 +187,12 @@ def test_what_was_interrupted_goes_on_and_what_is_damaged_is_refused(workplace, 
     for folder in (save, tmp_path / "run"):
         folder.mkdir()
     (tmp_path / "run" / file.name).write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    command = [sys.executable, "-c", HOLDING, str(tmp_path / "run" / file.name)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        done = train(workplace, tmp_path / "run", 2, *words)
+        assert done.returncode == 1 and f"{file.name}: another job is computing it; start this one once" in done.stderr
+        holder.stdin.close()
     done = train(workplace, tmp_path / "run", 2, *words)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / file.name).read_bytes() == file.read_bytes()
@@ -171,7 +213,7 @@ def test_the_reference_of_another_config_or_of_other_pixels_is_another(workplace
 
     def path() -> Path:
         settings = load_settings(workplace / "recipe.yaml", words)
-        return ReferenceFile(settings, open_dataset(settings, silent), "digest of the weights").path
+        return reference_file(settings, open_dataset(settings, silent), "digest of the weights").path
 
     found = [path(), path()]
     assert found[0] == found[1]
@@ -260,20 +302,52 @@ def test_what_cannot_be_written_is_said_before_anything_is_computed(workplace, t
         log_probs(load_settings(workplace / "recipe.yaml", []), None)
 
 
-def test_a_broken_image_is_said_and_no_answer_is_taken_for_another(workplace, tmp_path):
-    """With on_bad_record: skip a run trains padding in its place."""
-    records = json.loads((workplace / "records.json").read_text())[:4]
-    shutil.copy(workplace / "2.png", tmp_path)
-    Image.effect_noise((60, 40), 90).save(tmp_path / "1.png")
+def test_a_broken_image_is_said_and_what_is_computed_by_then_is_kept(workplace, tmp_path):
+    """With on_bad_record: skip a run trains padding in its place. The same command goes on."""
+    records, image = json.loads((workplace / "records.json").read_text())[:20], tmp_path / "19.png"
+    for number in (n for n in range(19) if n % 3):
+        shutil.copy(workplace / f"{number}.png", tmp_path)
+    Image.effect_noise((60, 40), 90).save(image)
     (tmp_path / "records.json").write_text(json.dumps(records))
     data = [f"{BASIC}.dataset={tmp_path / 'records.json'}", f"{BASIC}.dataset_dir={tmp_path}"]
-    whole = (tmp_path / "1.png").read_bytes()
-    (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])  # its header is right
-    command = train_command(workplace, tmp_path / "unused", 1, *data, f"{BASIC}.on_bad_record=skip")
-    command[3:3] = ["--logprobs", str(tmp_path / "out.jsonl")]
-    process = Forked(launched, command, {})
-    err = process.communicate(300)[1]
-    assert process.returncode == 1 and "mend or remove it" in err and not (tmp_path / "out.jsonl").exists()
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    logprobs(workplace, tmp_path / "unused", 2, str(tmp_path / "whole.jsonl"), *data)
+    wanted = (tmp_path / "whole.jsonl").read_bytes()
+    good = image.read_bytes()
+    image.write_bytes(good[: len(good) // 2])  # its header is right
+    assert "mend or remove it" in refused(workplace, tmp_path, str(out), *data, f"{BASIC}.on_bad_record=skip")
+    assert not out.exists()
+    begun = part.read_bytes()
+    lines = begun.splitlines(keepends=True)
+    assert len(lines) == 3  # its header and two of the micro-batches
+    image.write_bytes(good)
+    part.write_bytes(begun[:-20])  # as one that was killed while it wrote
+    logprobs(workplace, tmp_path / "unused", 2, str(out), *data)
+    assert out.read_bytes() == wanted and not part.exists()
+    [[index, line], *others] = json.loads(json.loads(lines[1])[1])
+    text = json.dumps([[index, line | {"log_probs": [7.0]}], *others])  # what is there is taken, and not computed again
+    part.write_bytes(lines[0] + (json.dumps([checksum(text.encode()), text]) + "\n").encode())
+    logprobs(workplace, tmp_path / "unused", 2, str(out), *data)
+    found = [json.loads(line)["log_probs"] for line in out.read_text().splitlines()]
+    assert found.pop(index) == [7.0] and [7.0] not in found
+    part.write_bytes(begun)
+    assert "out.jsonl.partial is of another model or data; move it away" in refused(
+        workplace, tmp_path, str(out), *data, "training.dtype=bf16"
+    )
+
+
+def test_log_probabilities_of_pairs_are_those_of_both_answers(workplace, whole, tmp_path):
+    out = tmp_path / "out.jsonl"
+    logprobs(workplace, tmp_path / "unused", 2, str(out), *dpo(workplace))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["record"].rpartition(", ")[2] for line in lines] == ["chosen", "rejected"] * 44
+    [of_run] = [
+        found
+        for path in whole.glob("reference-*.jsonl")
+        if len(found := [row for line in rows(path) for row in line]) == 44
+    ]
+    for number, *both in of_run:
+        assert [sum(line["log_probs"]) for line in lines[2 * number : 2 * number + 2]] == pytest.approx(both, rel=1e-5)
 
 
 def test_adapters_learn_pairs_beside_their_base(workplace, tmp_path):
@@ -287,10 +361,15 @@ def test_adapters_learn_pairs_beside_their_base(workplace, tmp_path):
     assert lines[-1]["rewards/margins"] > 0.1 and lines[-1]["rewards/accuracies"] > 0.9
     assert not [*save.glob("reference-*")]
     assert all("lora" in name for name in tensors(save))
-    command = train_command(workplace, save, 2, *words)
-    command[3:3] = ["--logprobs", "-"]
-    process = Forked(launched, command, {})
-    assert "training.lora has its reference in every step; name a file" in process.communicate(300)[1]
+    assert "training.lora has its reference in every step; name a file" in refused(workplace, tmp_path, "-", *words)
+    of_it = [f"training.save={tmp_path}", f"training.load={save}", "training.init_from_hf_path=null"]
+    going_on = load_settings(workplace / "recipe.yaml", [*words, *of_it])
+    with pytest.raises(SettingError, match="holds adapters, and the reference of pairs is a base without any; merge"):
+        choose_weights(going_on)
+    out = tmp_path / "out.jsonl"  # whose log-probabilities can be had
+    logprobs(workplace, tmp_path / "unused", 2, str(out), *words, *of_it)
+    sums = [sum(json.loads(line)["log_probs"]) for line in out.read_text().splitlines()]
+    assert sum(a > b for a, b in zip(sums[::2], sums[1::2], strict=True)) > 40
 
 
 def test_a_model_that_reads_answers_learns_to_prefer_them(workplace, tmp_path):

@@ -41,21 +41,22 @@ def start(workplace: Path, save: Path, command: tuple[str, ...], *overrides: str
     )
 
 
-def ended(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
+def fork(workplace: Path, save: Path, command: tuple[str, ...], *overrides: str, **env: str) -> Forked:
+    """The same without a start of Python, also of what torchrun starts."""
+    words = [*command, str(workplace / "recipe.yaml"), f"training.save={save}", *overrides]
+    return Forked(launched, words, {"LOGLEVEL": "ERROR"} | env)
+
+
+def ended(*processes: subprocess.Popen | Forked) -> list[tuple[int, str, str]]:
     texts = [process.communicate(timeout=300) for process in processes]
     return [(process.returncode, plain(out), err) for process, (out, err) in zip(processes, texts, strict=True)]
 
 
-def wait_for_steps(save: Path, count: int, *processes: subprocess.Popen) -> None:
+def wait_for_steps(save: Path, count: int, *processes: subprocess.Popen | Forked) -> None:
     end = time.monotonic() + 300
     while not (save / "metrics.jsonl").exists() or len(read_metrics(save / "metrics.jsonl")) < count:
         assert time.monotonic() < end and all(process.poll() is None for process in processes)
         time.sleep(0.02)
-
-
-def ranks(process: subprocess.Popen) -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "qwen35.train" in child.cmdline()]
 
 
 def test_a_run_under_torchrun_is_the_same(workplace, two, tmp_path):
@@ -67,21 +68,17 @@ def test_a_run_under_torchrun_is_the_same(workplace, two, tmp_path):
 def test_sigterm_under_torchrun_saves(workplace, tmp_path):
     """torchrun prints its own end; the ranks print no traceback."""
     save = tmp_path / "run"
-    process = start(workplace, save, torchrun(), *ENDLESS)
+    process = fork(workplace, save, torchrun(), *ENDLESS)
     wait_for_steps(save, 2, process)
-    both = ranks(process)
-    process.terminate()
+    both = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
     [(code, out, err)] = ended(process)
-    assert code != 0 and len(both) >= 2  # workers of the loader are forked
+    assert code != 0 and len(both) >= 2  # and workers of the loader
     assert "stopped and saved after step " in out
     assert f"{ROOT}/qwen35/" not in err, err
     step = int(newest_checkpoint(save).name[5:])
     assert step >= 2 and len(read_metrics(save / "metrics.jsonl")) == step
     assert not psutil.wait_procs(both, timeout=60)[1]
-
-
-def fork(workplace: Path, save: Path, command: tuple[str, ...], *overrides: str) -> Forked:
-    return Forked(launched, [*command, str(workplace / "recipe.yaml"), f"training.save={save}", *overrides], {})
 
 
 @pytest.mark.parametrize(
@@ -128,7 +125,7 @@ def test_a_users_mistake_on_one_rank_of_torchrun_is_in_its_error_file(workplace,
     late += "import os\nargs = sys.argv[1:] + ['training.trian_iters=3'] * (os.environ['RANK'] == '1')\n"
     (tmp_path / "program.py").write_text(late + "leave(train.main(args))\n")
     command = (*torchrun()[:-2], str(tmp_path / "program.py"))
-    [(code, _, err)] = ended(start(workplace, tmp_path / "run", command))
+    [(code, _, err)] = ended(fork(workplace, tmp_path / "run", command))
     words = "unknown setting training.trian_iters; did you mean training.train_iters?"
     assert code == 1 and err.count(f"error: {words}") == 1 and err.count(words) > 1, err
     assert f"{ROOT}/qwen35/" not in err, err
@@ -140,7 +137,7 @@ def test_a_rank_that_hangs_without_our_launcher_ends_itself(workplace, tmp_path)
     faults += f"exec(compile(open({str(ROOT / 'tests/faults.py')!r}).read(), 'faults.py', 'exec'))\n"
     (tmp_path / "program.py").write_text(faults)
     command = (*torchrun()[:-2], str(tmp_path / "program.py"))
-    [(code, _, err)] = ended(start(workplace, tmp_path / "run", command, FAULTS="0:1:3:hang"))
+    [(code, _, err)] = ended(fork(workplace, tmp_path / "run", command, FAULTS="0:1:3:hang"))
     assert code == 1
     assert "Timeout (0:00:02)!" in err and "in hang_in_c" in err
 

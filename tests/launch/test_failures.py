@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
-from forked import ROOT, Forked, launched
+from forked import ROOT, Forked, launched, run_code
 from ports import free_port
 from training_runs import SAME, assert_same_run
 
@@ -300,8 +301,13 @@ rank, restart = int(os.environ["RANK"]), int(os.environ.get("QWEN35_RESTART", "0
 """
 
 
-def launch(program: str, timeout: float = 600, restarts: int = 0, port: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", DRIVER, str(port), str(timeout), str(restarts), HEAD + program]
+def launch(program: str, timeout: float = 600, restarts: int = 0, port: int = 0, how: Callable = run_code):
+    return how(DRIVER, str(port), str(timeout), str(restarts), HEAD + program)
+
+
+def started(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    """As run_code, with starts of Python, whose end is the point of some tests."""
+    command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -368,7 +374,7 @@ if references != 1 or not dist.is_initialized():
     record_failure(RuntimeError(f"{references} more"), is_user_error=True)
     sys.exit(1)
 """
-    done = launch(program)
+    done = launch(program, how=started)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -85,7 +85,8 @@ def test_a_run_completes_after_its_reader_has_left(workplace, tmp_path, monkeypa
     save, long = tmp_path / "run", tmp_path / ("t" * 60)
     long.mkdir()
     monkeypatch.setenv("TMPDIR", str(long))
-    process = start(workplace, save, "training.log_interval=1", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = start(workplace, save, "training.log_interval=1", ranks=1, **both)
     for _ in range(5):
         assert process.stdout.readline()
     process.stdout.close()

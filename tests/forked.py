@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from importlib import import_module
@@ -40,6 +41,8 @@ MAINS = {
     "predict": "qwen35.inference.predict",
 }
 PLOTS = "PLOTS"
+TORCHRUN = "torch.distributed.run"
+PACKAGES = {"qwen35.launch": MAINS["launch"], "accept": "accept.__main__"}  # whose main is in another module
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_executable(PYTHON)
 OF_TESTS = ("forked", "mistakes", "saver_run", "faults", "collectives")
@@ -153,19 +156,7 @@ def run_code(code: str, *arguments: str, **environment: str) -> subprocess.Compl
 
 def ran(outputs: list[Connection], command: list[str], environment: dict[str, str]) -> None:
     """A program's text, with its arguments."""
-
-    def run() -> int:
-        sys.argv = ["-c", *command[1:]]
-        try:
-            exec(compile(command[0], "-c", "exec"), {"__name__": "__main__"})
-        except SystemExit as end:
-            if isinstance(end.code, str):
-                print(end.code, file=sys.stderr)
-                return 1
-            return int(end.code or 0)
-        return 0
-
-    _run(outputs, environment, run)
+    _run(outputs, environment, lambda: _execute(command[0], ["-c", *command[1:]]))
 
 
 def launched(outputs: list[Connection], command: list[str], environment: dict[str, str]) -> None:
@@ -185,7 +176,7 @@ def fork_ranks() -> None:
     """A launcher in this process forks its ranks."""
     from qwen35.launch import job
 
-    job.subprocess = SimpleNamespace(Popen=_Rank, DEVNULL=None)
+    job.subprocess = AS_SUBPROCESS
 
 
 def _leave(main: Callable[[], int]) -> NoReturn:
@@ -199,14 +190,46 @@ def _leave(main: Callable[[], int]) -> NoReturn:
 
 
 def _main(command: list[str]) -> int:
-    """What `python -m MODULE …` or `python tests/FILE.py …` would do."""
+    """What `python -m MODULE …`, `python tests/FILE.py …` or `python -c TEXT …` would do."""
     from qwen35.console import outlive_readers
 
     outlive_readers()
-    if command[1] == "-m":
-        name = {"qwen35.launch": MAINS["launch"]}.get(command[2], command[2])
-        return import_module(name).main(command[3:])
-    return import_module(Path(command[1]).stem).main(command[2:])
+    sys.orig_argv = list(command)
+    how, *words = command[1:]
+    while how in ("-u", "-W"):  # and what is ignored
+        how, *words = words if how == "-u" else words[1:]
+    if how == "-c":
+        return _execute(words[0], ["-c", *words[1:]])
+    if how == "-m":
+        return _main_of(PACKAGES.get(words[0], words[0]))(words[1:]) or 0
+    if Path(how).parent != ROOT / "tests":
+        return _execute(Path(how).read_text(), [how, *words])
+    return import_module(Path(how).stem).main(words)
+
+
+def _main_of(name: str) -> Callable[[list[str]], int | None]:
+    """A module's main; what it starts is forked, too."""
+    if name == TORCHRUN:
+        from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+        subprocess_handler.Popen = Child
+    elif name == PACKAGES["accept"]:
+        from accept import __main__, runs
+
+        __main__.subprocess = runs.subprocess = AS_SUBPROCESS
+    return import_module(name).main
+
+
+def _execute(text: str, arguments: list[str]) -> int:
+    sys.argv = arguments
+    try:
+        exec(compile(text, arguments[0], "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
+        return int(end.code or 0)
+    return 0
 
 
 def _reset(environment: dict[str, str]) -> None:
@@ -225,20 +248,37 @@ def _reset(environment: dict[str, str]) -> None:
             exec(compile(site.read_text(), site, "exec"), {})
 
 
-class _Rank:
-    """A rank as qwen35.launch.job starts it, but forked from the launcher."""
+class Child:
+    """A process as launchers start it by subprocess.Popen, but forked from the launcher."""
 
-    def __init__(self, command, env, pass_fds, stdin, start_new_session, preexec_fn):
-        self.returncode = None
+    def __init__(
+        self,
+        args,
+        env,
+        stdin=None,
+        stdout=None,
+        stderr=None,
+        start_new_session=False,
+        preexec_fn=lambda: None,
+        pass_fds=(),  # a fork has them all
+        text=True,
+        errors="replace",
+    ):
+        self.args, self.returncode = args, None
+        self.stderr = stderr = tempfile.TemporaryFile() if stderr == subprocess.PIPE else stderr  # noqa: SIM115
         self.pid = os.fork()
         if self.pid:
             return
 
         def run() -> int:
             preexec_fn()
-            os.setsid()
+            if start_new_session:
+                os.setsid()
+            for number, file in ((1, stdout), (2, stderr)):
+                if file is not None:
+                    os.dup2(file.fileno(), number)
             _reset(env)
-            return _main(command)
+            return _main(args)
 
         _leave(run)
 
@@ -248,5 +288,27 @@ class _Rank:
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
+    def wait(self, timeout: float = float("inf")) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+    def communicate(self, timeout: float = float("inf")) -> tuple[None, str]:
+        self.wait(timeout)
+        self.stderr.seek(0)
+        return None, self.stderr.read().decode(errors="replace")
+
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+# in place of the module subprocess; all write where the first one does, whose reader waits for them
+AS_SUBPROCESS = SimpleNamespace(
+    Popen=Child, PIPE=subprocess.PIPE, DEVNULL=None, TimeoutExpired=subprocess.TimeoutExpired
+)

@@ -1,16 +1,14 @@
 """make accept on a CPU with small sizes: every check, failures, the report, the rates."""
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
+from forked import Forked, launched
 from training_runs import free_port
 
 import kernels
@@ -30,7 +28,7 @@ SECRET = "hf_abcdefghijkl"
 
 @pytest.fixture
 def accept(tmp_path):
-    """Run it. -> exit status, output, JSON, Markdown"""
+    """Run it, forked: others start Python. -> exit status, output, JSON, Markdown"""
 
     def run() -> tuple[int, str, dict, str]:
         with tempfile.TemporaryDirectory(dir="/tmp") as temporary:
@@ -40,19 +38,14 @@ def accept(tmp_path):
                 "HF_TOKEN": SECRET,
                 "OMP_NUM_THREADS": "1",
             }
-            done = subprocess.run(
-                [sys.executable, "-m", "accept", "--small", "--out", str(tmp_path / "out")],
-                cwd=ROOT,
-                env=os.environ | variables | {"MASTER_PORT": str(free_port()), "NPUS_PER_NODE": "2"},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            variables |= {"MASTER_PORT": str(free_port()), "NPUS_PER_NODE": "2"}
+            command = [sys.executable, "-m", "accept", "--small", "--out", str(tmp_path / "out")]
+            process = Forked(launched, command, variables)
+            out, err = process.communicate(600)  # until none is left of all processes that it started
             assert not list(Path(temporary).iterdir())
-            assert not [p for p in psutil.process_iter(["cmdline"]) if temporary in " ".join(p.info["cmdline"] or ())]
-        assert done.returncode in (0, 1), done.stderr
+        assert process.returncode in (0, 1), err
         [report], [text] = (tmp_path / "out").glob("*.json"), (tmp_path / "out").glob("*.md")
-        return done.returncode, done.stdout, json.loads(report.read_text()), text.read_text()
+        return process.returncode, out, json.loads(report.read_text()), text.read_text()
 
     return run
 

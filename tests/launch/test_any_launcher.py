@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forked import PATHS, Forked, launched, run_code
+from forked import PATHS, Forked, launched, ran, run_code
 from plain import plain
 from ports import free_port
 from training_runs import ROOT, SAME, assert_same_run
@@ -30,10 +30,10 @@ def torchrun(nodes: int = 1, node: int = 0, processes: int = 2, port: int = 0) -
     )
 
 
-def start(workplace: Path, save: Path, command: tuple[str, ...], *overrides: str, cwd: Path = ROOT, **env: str):
+def start(workplace: Path, save: Path, command: tuple[str, ...], *overrides: str, **env: str):
     return subprocess.Popen(
         [*command, str(workplace / "recipe.yaml"), f"training.save={save}", *overrides],
-        cwd=cwd,
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "LOGLEVEL": "ERROR"} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -41,21 +41,22 @@ def start(workplace: Path, save: Path, command: tuple[str, ...], *overrides: str
     )
 
 
-def ended(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
+def fork(workplace: Path, save: Path, command: tuple[str, ...], *overrides: str, **env: str) -> Forked:
+    """The same without a start of Python, also of what torchrun starts."""
+    words = [*command, str(workplace / "recipe.yaml"), f"training.save={save}", *overrides]
+    return Forked(launched, words, {"LOGLEVEL": "ERROR"} | env)
+
+
+def ended(*processes: subprocess.Popen | Forked) -> list[tuple[int, str, str]]:
     texts = [process.communicate(timeout=300) for process in processes]
     return [(process.returncode, plain(out), err) for process, (out, err) in zip(processes, texts, strict=True)]
 
 
-def wait_for_steps(save: Path, count: int, *processes: subprocess.Popen) -> None:
+def wait_for_steps(save: Path, count: int, *processes: subprocess.Popen | Forked) -> None:
     end = time.monotonic() + 300
     while not (save / "metrics.jsonl").exists() or len(read_metrics(save / "metrics.jsonl")) < count:
         assert time.monotonic() < end and all(process.poll() is None for process in processes)
         time.sleep(0.02)
-
-
-def ranks(process: subprocess.Popen) -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "qwen35.train" in child.cmdline()]
 
 
 def test_a_run_under_torchrun_is_the_same(workplace, two, tmp_path):
@@ -67,21 +68,17 @@ def test_a_run_under_torchrun_is_the_same(workplace, two, tmp_path):
 def test_sigterm_under_torchrun_saves(workplace, tmp_path):
     """torchrun prints its own end; the ranks print no traceback."""
     save = tmp_path / "run"
-    process = start(workplace, save, torchrun(), *ENDLESS)
+    process = fork(workplace, save, torchrun(), *ENDLESS)
     wait_for_steps(save, 2, process)
-    both = ranks(process)
-    process.terminate()
+    both = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
     [(code, out, err)] = ended(process)
-    assert code != 0 and len(both) >= 2  # workers of the loader are forked
+    assert code != 0 and len(both) >= 2  # and workers of the loader
     assert "stopped and saved after step " in out
     assert f"{ROOT}/qwen35/" not in err, err
     step = int(newest_checkpoint(save).name[5:])
     assert step >= 2 and len(read_metrics(save / "metrics.jsonl")) == step
     assert not psutil.wait_procs(both, timeout=60)[1]
-
-
-def fork(workplace: Path, save: Path, command: tuple[str, ...], *overrides: str) -> Forked:
-    return Forked(launched, [*command, str(workplace / "recipe.yaml"), f"training.save={save}", *overrides], {})
 
 
 @pytest.mark.parametrize(
@@ -128,7 +125,7 @@ def test_a_users_mistake_on_one_rank_of_torchrun_is_in_its_error_file(workplace,
     late += "import os\nargs = sys.argv[1:] + ['training.trian_iters=3'] * (os.environ['RANK'] == '1')\n"
     (tmp_path / "program.py").write_text(late + "leave(train.main(args))\n")
     command = (*torchrun()[:-2], str(tmp_path / "program.py"))
-    [(code, _, err)] = ended(start(workplace, tmp_path / "run", command))
+    [(code, _, err)] = ended(fork(workplace, tmp_path / "run", command))
     words = "unknown setting training.trian_iters; did you mean training.train_iters?"
     assert code == 1 and err.count(f"error: {words}") == 1 and err.count(words) > 1, err
     assert f"{ROOT}/qwen35/" not in err, err
@@ -140,12 +137,18 @@ def test_a_rank_that_hangs_without_our_launcher_ends_itself(workplace, tmp_path)
     faults += f"exec(compile(open({str(ROOT / 'tests/faults.py')!r}).read(), 'faults.py', 'exec'))\n"
     (tmp_path / "program.py").write_text(faults)
     command = (*torchrun()[:-2], str(tmp_path / "program.py"))
-    [(code, _, err)] = ended(start(workplace, tmp_path / "run", command, FAULTS="0:1:3:hang"))
+    [(code, _, err)] = ended(fork(workplace, tmp_path / "run", command, FAULTS="0:1:3:hang"))
     assert code == 1
     assert "Timeout (0:00:02)!" in err and "in hang_in_c" in err
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "ours"])
+STARTS = {  # programs that train, and that start what does
+    "torchrun": "from qwen35 import train\nfrom qwen35.rank import leave\nleave(train.main(sys.argv[1:]))\n",
+    "ours": "from qwen35.launch import launcher\nsys.exit(launcher.main(sys.argv[1:]))\n",
+}
+
+
+@pytest.mark.parametrize("launcher", STARTS)
 def test_nodes_that_differ_load_nothing(workplace, tmp_path, launcher):
     """In version, settings, data, weights: a line each, with the rank, the node and both values."""
     package = tmp_path / "packages/tokenizers-9.9.9.dist-info"
@@ -163,12 +166,17 @@ def test_nodes_that_differ_load_nothing(workplace, tmp_path, launcher):
     ]  # fmt: skip
     processes = []
     for node, folder in enumerate(folders):
+        place = f"import os, sys\nos.chdir({str(folder)!r})\n" + f"sys.path.insert(0, {str(package.parent)!r})\n" * node
+        program, own = place + STARTS[launcher], ["training.lr=0.5"] * node
         options = ("--nnodes", "2", "--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", str(port))
-        command = torchrun(2, node, 1, port) if launcher == "torchrun" else (*ALONE[:2], "qwen35.launch", *options)
-        own = [*settings, "training.lr=0.5"] if node else settings
         env = {"NODE_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": interface_of("127.0.0.1")}
-        env |= {"PYTHONPATH": f"{package.parent}:{PATHS}"} if node else {}
-        processes.append(start(workplace, tmp_path / "run", command, *own, cwd=folder, **env))
+        if launcher == "torchrun":
+            (folder / "program.py").write_text(program)
+            words = (*torchrun(2, node, 1, port)[:-2], str(folder / "program.py"))
+            processes.append(fork(workplace, tmp_path / "run", words, *settings, *own, **env))
+        else:
+            words = [*options, str(workplace / "recipe.yaml"), f"training.save={tmp_path / 'run'}", *settings, *own]
+            processes.append(Forked(ran, [program, *words], env))
     for code, out, err in ended(*processes):
         assert code == 1 and "Traceback" not in err.partition("listed above: nothing was loaded")[0], err
         lines = err.splitlines()
@@ -196,6 +204,7 @@ def test_a_stop_through_the_script_keeps_its_exit_code(workplace, tmp_path):
     save = tmp_path / "run"
     args = " ".join([f"training.save={save}", *ENDLESS])
     env = os.environ | {"CONFIG": str(workplace / "recipe.yaml"), "ARGS": args, "DEVICE": "cpu", "CANN_PATH": "none"}
+    env |= {"NPUS_PER_NODE": "1"}
     process = subprocess.Popen(
         ["bash", "scripts/finetune.sh"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from forked import PATHS
+from forked import PATHS, Forked, launched
 from plain import plain
 from ports import free_port
 
@@ -174,11 +174,13 @@ def test_a_process_without_variables_is_alone():
 # -- real launchers --------------------------------------------------------------------------------
 
 
+FEW_STEPS = ("training.train_iters=2", "training.log_interval=1", "data.dataloader_param.num_workers=0")
+
+
 def start(workplace: Path, save: Path, environment: Mapping[str, str], *command: str, **kwargs) -> subprocess.Popen:
     own = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
-    settings = ["training.train_iters=2", "training.log_interval=1", "data.dataloader_param.num_workers=0"]
     return subprocess.Popen(
-        [*command, str(workplace / "recipe.yaml"), f"training.save={save}", *settings],
+        [*command, str(workplace / "recipe.yaml"), f"training.save={save}", *FEW_STEPS],
         cwd=ROOT,
         env=own | {"OMP_NUM_THREADS": "1", "NODE_ADDR": "127.0.0.1"} | environment,
         stdout=subprocess.PIPE,
@@ -214,11 +216,17 @@ def test_the_launcher_of_a_scheduler_that_contradicts_its_options_starts_nothing
 def test_tasks_of_srun_train_one_run(workplace, tmp_path):
     """Two tasks on one node, without a launcher of ours."""
     job = {"SLURM_JOB_ID": str(free_port()), "SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "here"}
+    command = [
+        sys.executable,
+        "-m",
+        "qwen35.train",
+        str(workplace / "recipe.yaml"),
+        f"training.save={tmp_path / 'run'}",
+    ]
     tasks = [
-        start(workplace, tmp_path / "run", {**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}, sys.executable, "-m",
-              "qwen35.train")
+        Forked(launched, [*command, *FEW_STEPS], {**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)})
         for i in range(2)
-    ]  # fmt: skip
+    ]
     ends = [(*process.communicate(timeout=300), process.returncode) for process in tasks]
     assert [code for *_, code in ends] == [0, 0], ends
     out = plain(ends[0][0])

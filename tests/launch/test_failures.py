@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
-from forked import ROOT, Forked, launched
+from forked import ROOT, Forked, launched, run_code
 from ports import free_port
 from training_runs import SAME, assert_same_run
 
@@ -133,12 +134,12 @@ def test_a_save_of_40_seconds_outlasts_every_way_to_stop(workplace, tmp_path):
         start(workplace, tmp_path / name, "", *endless, nodes=nodes, port=own_port, SAVE_SECONDS="40")
         for _, nodes, own_port, name in options
     ]
-    for name in ("term", "int", "nodes"):
+    # at once, as steps cost more than a save that waits; the second node hears of it from the first
+    for job, (number, _, _, name) in zip(jobs[:-1], options[:-1], strict=True):
         end = time.monotonic() + 300
         while not (tmp_path / name / "metrics.jsonl").exists():
-            assert time.monotonic() < end and all(job.poll() is None for job in jobs)
+            assert time.monotonic() < end and all(other.poll() is None for other in jobs)
             time.sleep(0.05)
-    for job, (number, *_) in zip(jobs[:-1], options[:-1], strict=True):  # the second node hears of it from the first
         job.send_signal(number)
     asked = time.monotonic()
     errors = [job.communicate(timeout=300)[1] for job in jobs]
@@ -300,8 +301,13 @@ rank, restart = int(os.environ["RANK"]), int(os.environ.get("QWEN35_RESTART", "0
 """
 
 
-def launch(program: str, timeout: float = 600, restarts: int = 0, port: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", DRIVER, str(port), str(timeout), str(restarts), HEAD + program]
+def launch(program: str, timeout: float = 600, restarts: int = 0, port: int = 0, how: Callable = run_code):
+    return how(DRIVER, str(port), str(timeout), str(restarts), HEAD + program)
+
+
+def started(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    """As run_code, with starts of Python, whose end is the point of some tests."""
+    command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -368,7 +374,7 @@ if references != 1 or not dist.is_initialized():
     record_failure(RuntimeError(f"{references} more"), is_user_error=True)
     sys.exit(1)
 """
-    done = launch(program)
+    done = launch(program, how=started)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forked import Forked, ran
 from plain import plain
 from ports import free_port
 
@@ -36,9 +37,14 @@ def say(*words):  # one write a line, so that lines of ranks do not mix
 """
 
 
-def start(program: str, processes: int = 2, grace: float = 0.5) -> subprocess.Popen:
-    command = [sys.executable, "-c", DRIVER, str(processes), HEAD + program, str(grace)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(program: str, processes: int = 2, grace: float = 0.5) -> Forked:
+    return Forked(ran, [DRIVER, str(processes), HEAD + program, str(grace)], {})
+
+
+def first_numbers(process: Forked, count: int) -> list[int]:
+    """Those that it prints first, a line each."""
+    wait_for(lambda: process.out.count("\n") >= count)
+    return [int(line) for line in process.out.splitlines()[:count]]
 
 
 def wait_for(condition, seconds: float = 300.0):
@@ -155,7 +161,7 @@ def test_the_end_of_a_rank_without_a_reason_is_described(ending, words):
 
 def test_kill_9_of_the_launcher_ends_all_ranks():
     process = start("say(os.getpid()); time.sleep(600)", 3)
-    pids = [int(process.stdout.readline()) for _ in range(3)]
+    pids = first_numbers(process, 3)
     process.kill()
     wait_for(lambda: gone(pids))
     process.communicate()
@@ -204,20 +210,20 @@ sys.exit(code)
 """
     )
     process = start(program)
-    pids = [int(process.stdout.readline()) for _ in range(2)]
+    pids = first_numbers(process, 2)
     process.send_signal(number)
     process.send_signal(number)  # as from make and from the terminal in one moment
     out, err = process.communicate(timeout=300)
-    assert (process.returncode, out) == (code, "saved 1\nsaved 1\n")
+    assert (process.returncode, out.splitlines()[2:]) == (code, ["saved 1", "saved 1"])
     assert plain(err).startswith("stopping: ") and err.count("\n") == 1
     assert gone(pids)
 
 
 def test_a_second_ctrl_c_stops_at_once():
     process = start("signal.signal(signal.SIGTERM, signal.SIG_IGN); say(os.getpid()); time.sleep(600)")
-    pids = [int(process.stdout.readline()) for _ in range(2)]
+    pids = first_numbers(process, 2)
     process.send_signal(signal.SIGINT)
-    assert plain(process.stderr.readline()).startswith("stopping")
+    wait_for(lambda: plain(process.err).startswith("stopping"))
     time.sleep(1.1)  # longer than job.DUPLICATE_SIGNAL
     assert not gone(pids)
     process.send_signal(signal.SIGINT)
@@ -268,16 +274,10 @@ sys.exit(run([sys.executable, "-c", sys.argv[5]], args, rendezvous))
 """
 
 
-def start_nodes(program: str, save: Path, nodes: int = 2, grace: float = 0.5) -> list[subprocess.Popen]:
+def start_nodes(program: str, save: Path, nodes: int = 2, grace: float = 0.5) -> list[Forked]:
     port = str(free_port())
     return [
-        subprocess.Popen(
-            [sys.executable, "-c", NODE, str(node), str(nodes), port, str(save), HEAD + program, str(grace)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Forked(ran, [NODE, str(node), str(nodes), port, str(save), HEAD + program, str(grace)], {})
         for node in range(nodes)
     ]
 
@@ -359,7 +359,7 @@ def test_kill_9_of_one_launcher_ends_the_other_node(tmp_path):
     first, second = start_nodes("say(os.getpid()); time.sleep(600)", tmp_path)
     numbers = []
     for process in (first, second):
-        numbers += [int(process.stdout.readline()) for _ in range(2)]
+        numbers += first_numbers(process, 2)
     second.kill()
     err = failure_of(0, first.communicate(timeout=300)[1])
     assert (first.returncode, err) == (
@@ -372,9 +372,8 @@ def test_kill_9_of_one_launcher_ends_the_other_node(tmp_path):
 
 def test_a_stop_before_the_first_step_says_that_nothing_was_saved():
     process = start("say(rank); time.sleep(600)")  # SIGTERM still has its default action
-    for _ in range(2):
-        process.stdout.readline()
-    process.terminate()
+    first_numbers(process, 2)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 143
     assert err.endswith("stopped outside of the training steps: there was nothing to save\n")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from forked import PATHS
+from forked import PATHS, Forked, launched
 from plain import plain
 from ports import free_port
 from training_runs import ROOT, make_workplace, train
@@ -26,22 +26,31 @@ def workplace(tmp_path_factory) -> Path:
     return make_workplace(tmp_path_factory.mktemp("workplace"))
 
 
-def start(workplace: Path, node: int, port: int, *arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.Popen:
+def command_of(node: int, port: int, *arguments: str) -> list[str]:
     rendezvous = ["--nnodes", "2", "--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    return [sys.executable, "-m", "qwen35.launch", *rendezvous, *arguments]
+
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NODE_ADDR": "127.0.0.1", "RENDEZVOUS_SECRET": "a secret of the tests"}
+
+
+def start(workplace: Path, node: int, port: int, *arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "qwen35.launch", *rendezvous, *arguments],
+        command_of(node, port, *arguments),
         cwd=cwd,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "NODE_ADDR": "127.0.0.1", "RENDEZVOUS_SECRET": "a secret of the tests"}
-        | {"PYTHONPATH": PATHS}
-        | env,
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": PATHS} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def ends(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
+def fork(node: int, port: int, *arguments: str) -> Forked:
+    """The same without a start of Python."""
+    return Forked(launched, command_of(node, port, *arguments), ENVIRONMENT)
+
+
+def ends(*processes: subprocess.Popen | Forked) -> list[tuple[int, str, str]]:
     outputs = [process.communicate(timeout=300) for process in processes]
     return [
         (process.returncode, plain(out), plain(err)) for process, (out, err) in zip(processes, outputs, strict=True)
@@ -81,9 +90,9 @@ def test_two_nodes_train_as_one_does(workplace, tmp_path):
     recipe, port = str(workplace / "recipe.yaml"), free_port()
     settings = ["training.train_iters=3", "training.log_interval=1", "data.dataloader_param.num_workers=0"]
     save = tmp_path / "two"
-    node_0 = start(workplace, 0, port, recipe, f"training.save={save}", *settings)
+    node_0 = fork(0, port, recipe, f"training.save={save}", *settings)
     connections = strangers(port)
-    both = ends(start(workplace, 1, port, recipe, f"training.save={save}", *settings), node_0)
+    both = ends(fork(1, port, recipe, f"training.save={save}", *settings), node_0)
     for connection in connections:
         connection.close()
     assert [code for code, *_ in both] == [0, 0], both

@@ -85,7 +85,8 @@ def test_a_run_completes_after_its_reader_has_left(workplace, tmp_path, monkeypa
     save, long = tmp_path / "run", tmp_path / ("t" * 60)
     long.mkdir()
     monkeypatch.setenv("TMPDIR", str(long))
-    process = start(workplace, save, "training.log_interval=1", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = start(workplace, save, "training.log_interval=1", ranks=1, **both)
     for _ in range(5):
         assert process.stdout.readline()
     process.stdout.close()
@@ -102,7 +103,7 @@ def test_a_run_saves_when_its_terminal_is_closed(workplace, tmp_path):
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     # as a shell's job: its controlling terminal sends the signal when it closes
     head = "import fcntl, os, sys, termios; fcntl.ioctl(2, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
-    command = [sys.executable, "-c", head, *train_command(workplace, save, 2, *ENDLESS)]
+    command = [sys.executable, "-c", head, *train_command(workplace, save, 1, *ENDLESS)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ends = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, **ends)

@@ -1,12 +1,10 @@
 """Which process compiles a run's Triton kernels, and which wait, with a stand-in compiler."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
-from stand_in import ROOT, free_port
+from forked import Forked, ran
+from ports import free_port
 
 from qwen35 import preflight
 from qwen35.heartbeat import Heartbeat
@@ -63,15 +61,10 @@ def test_local_rank_0_compiles_and_the_others_wait(tmp_path):
     """Longer than a collective's timeout. All ranks get the same tiles."""
     cache, port = tmp_path / "cache", str(free_port())
     both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    own = os.environ | both | {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    own = both | {"TRITON_CACHE_DIR": str(cache)}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path)],
-            env=own | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+        Forked(ran, [RANK, str(tmp_path)], own | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
+    ]
     outputs = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     first, second = (out.splitlines() for out, _ in outputs)

@@ -46,6 +46,7 @@ from qwen35.training.adamw import AdamW
 from qwen35.training.adapters import choose_trained, serving_warnings
 from qwen35.training.best import Best
 from qwen35.training.dpo import METRICS, preference_loss
+from qwen35.training.expert_balance import ExpertBalance, kept
 from qwen35.training.flops import Flops, token_counts
 from qwen35.training.history import begin_history, note_answers
 from qwen35.training.length import count_steps, end_step
@@ -160,7 +161,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     loading()
     start.load(optimizer, lambda nbytes: loading())
     micro_batches.start_at(step)
-    extra = make_extra(settings, config, micro_batches) | start.extra
+    extra = make_extra(settings, config, micro_batches) | start.extra | kept(t, checkpoint)
     if checkpoint and step:
         check_extra(checkpoint, extra, settings)
         if checkpoint.rank_extra:
@@ -188,7 +189,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
 def distribute(settings: Settings, model: Qwen35, meshes: Meshes, device: torch.device) -> AdamW:
     """Shard a plain model in place, before its weights are loaded; make the optimizer."""
     apply_context_parallel(model, meshes)
-    shard(model, meshes, DTYPES[settings.training.dtype])
+    shard(model, meshes, DTYPES[settings.training.dtype], settings.training.expert_balance is not None)
     if settings.training.init_model_with_meta_device:
         model.to_empty(device=device)
     model.recompute(settings.parallel.recompute)
@@ -214,9 +215,8 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
 
     also = METRICS if t.stage == "dpo" else ("mtp_loss",) * mtp
     losses = torch.zeros(2 + len(also), device=device)  # the stage's loss, load balancing, what else it measures
-    text = run.model.config.text
+    text, flops = run.model.config.text, 0.0
     load = torch.zeros(len(text.layer_types) + mtp, text.num_experts, device=device) if text.num_experts else None
-    flops = 0.0
     for i, (batch, weight, mtp_targets, count) in enumerate(
         zip(batches, weights, all_mtp_targets, counts, strict=True), 1
     ):
@@ -281,7 +281,7 @@ def train(settings: Settings) -> int:
 def loop(run: Run, folder: Path) -> int:
     """Train to the end, or until a stop signal: then save at the next log step. The exit code."""
     t, groups = run.settings.training, list(run.gradients.groups)
-    first, began = run.step + 1, time.perf_counter()
+    first, began, is_stopping = run.step + 1, time.perf_counter(), False
     in_background = t.async_save and len(save_steps(t, run.step, run.steps)) > 1
     if run.validation:
         run.validation.set.start()
@@ -296,10 +296,10 @@ def loop(run: Run, folder: Path) -> int:
         dist.barrier()
         if t.profile.steps:
             logger.info(profile.plan(run.step))
+        balance = ExpertBalance(run.model, run.optimizer, t.expert_balance, run.extra)
         metrics = Metrics(folder, groups, run.steps, run.step, run.device, t.peak_tflops, run.steps_per_epoch)
         if dist.get_rank() == 0:
             metrics.trackers = run.history()
-        is_stopping = False
         while run.step < run.steps and not is_stopping:
             start = time.perf_counter()
             profile.before(run.step + 1)
@@ -325,8 +325,8 @@ def loop(run: Run, folder: Path) -> int:
                 if is_last:
                     run.stop_loading()
                 run.heartbeat.at(f"step {run.step}: saving the checkpoint")
-                extra = run.extra | run.best.extra()
-                waited = saver.save(run.step, extra, rng_states(run.device), is_last, is_best)
+                with balance.saving(metrics, run.extra | run.best.extra(), is_save_due or is_best, is_last) as extra:
+                    waited = saver.save(run.step, extra, rng_states(run.device), is_last, is_best)
                 if waited and not is_last:
                     logger.info(f"step {run.step} waited {waited:.1f} s for the previous checkpoint to be written")
                 if dist.get_rank() == 0:

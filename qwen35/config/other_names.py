@@ -60,6 +60,7 @@ SAME = {  # ours -> theirs
     "training.save_interval": "save_steps save_strategy",
     "training.early_stopping_patience": "early_stopping_steps early_stop_interval",
     "training.save_best": "load_best_model_at_end metric_for_best_model greater_is_better",
+    "training.expert_balance": "enable_ep_balance ep_balance_plan",
     "training.val_interval": "eval_steps eval_strategy evaluation_strategy eval_interval",
     "training.val_generate": "predict_with_generate",
     "training.async_save": "save_async",

@@ -98,6 +98,13 @@ def _training_rules(s: Settings) -> Iterator[str]:
             "parallel.recompute: selective means nothing to fla's delta rule, whose backward reruns its forward; set"
             " recompute: true, or model.kernels.gated_delta_rule to triton"
         )
+    if t.expert_balance and s.parallel.expert_parallel_size == 1:
+        yield (
+            f"training.expert_balance {t.expert_balance} means nothing without parallel.expert_parallel_size above 1; set that,"
+            " or leave it out"
+        )
+    if t.expert_balance and not t.save_interval and not t.save_best:
+        yield "training.expert_balance moves experts when the run saves; set training.save_interval, or leave it out"
     if t.load and t.init_from_hf_path:
         yield "training.load and training.init_from_hf_path both say where the weights come from; set one"
     if t.micro_batch_size * cutoff_len >= 2**31:  # cu_seqlens is int32

@@ -274,8 +274,7 @@ class TrainingSettings:
     # shape of the decay from lr to min_lr after the warm-up; constant: no decay
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
     lr_warmup_ratio: Fraction = 0.1  # share of the run's steps over which the learning rate rises to lr
-    # AdamW's weight decay of matrices; vectors (norms, biases, gates) never decay
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.0  # AdamW's weight decay of matrices; vectors (norms, biases, gates) never decay
     adam_beta1: Fraction = 0.9  # AdamW's decay rate of the first moment
     adam_beta2: Fraction = 0.95  # AdamW's decay rate of the second moment
     adam_eps: PositiveFloat = 1e-8  # AdamW's epsilon
@@ -283,8 +282,7 @@ class TrainingSettings:
     # NEFTune: noise on the embeddings of text in training, uniform up to this / sqrt(tokens of the
     # sample x hidden size), e.g. 5; default: none
     neftune_noise_alpha: PositiveFloat | None = None
-    # of the arithmetic, also as bfloat16, float32; weights, gradient sums, optimizer stay in fp32
-    dtype: Dtype = "bf16"
+    dtype: Dtype = "bf16"  # of the arithmetic, also bfloat16, float32; weights, gradient sums, optimizer stay in fp32
     seed: NonNegativeInt = 42  # seed of the order of the data and of all random numbers
     deterministic: StrictBool = False  # make every step repeatable bit for bit, which is slower on an NPU
     log_interval: PositiveInt = 1  # steps between log lines; a run that is asked to stop does so at the next one
@@ -298,6 +296,9 @@ class TrainingSettings:
     # val_exact_match: a validation that is better than all before is saved too, whatever
     # save_interval says, and named in best_checkpointed_iteration.txt; default: none
     save_best: Literal["loss", "exact_match"] | None = None
+    # with expert parallelism: where a layer's busiest rank has computed more than this times the
+    # mean of all since the last save, a save moves experts to other ranks, e.g. 1.2; default: never
+    expert_balance: Annotated[Float, Field(gt=1)] | None = None
     # write checkpoints in the background, from a copy of each rank's part in the host's memory;
     # false: training waits until they are written
     async_save: StrictBool = True
@@ -314,8 +315,7 @@ class TrainingSettings:
     val_generate: StrictBool = False
     load: str | None = None  # DCP folder with the initial weights: converted, or another run's save folder
     init_from_hf_path: str | None = None  # Hugging Face folder with the initial weights, instead of load
-    # no rank ever holds the whole model; false: build it whole, then shard
-    init_model_with_meta_device: StrictBool = True
+    init_model_with_meta_device: StrictBool = True  # no rank holds the whole model; false: build it whole, then shard
     # seconds without progress after which a rank counts as hung and the job is ended; steps, saves,
     # each record that is read and each part of the weights that is loaded are progress
     timeout: Annotated[Float, Field(gt=0, le=31_536_000)] = 1800.0

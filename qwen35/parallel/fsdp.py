@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from kernels.features import FSDP_TAKES_FROZEN_DTYPES, fsdp_has_sums
 from qwen35.model import Qwen35
 from qwen35.model.lora import is_adapter
-from qwen35.parallel.expert_parallel import apply_expert_parallel
+from qwen35.parallel.expert_parallel import ParallelExperts, apply_expert_parallel
 from qwen35.parallel.mesh import Meshes
 
 REPLICATED = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight", "mlp.gate.weight")
@@ -37,14 +37,14 @@ def frozen_base(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in named.items() if not is_adapter(name) and not name.endswith(REPLICATED)]
 
 
-def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
+def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype, is_balanced: bool = False) -> None:
     """Shard a plain model (on the meta device or not) in place; `dtype` is that of the computation.
 
     FSDP units: each decoder layer and vision block, the rest of the vision tower, multi-token
     prediction if it is trained, and the embedding, final norm and head; with expert parallelism
     also each layer's experts. Gradients are summed over the ranks, not averaged: the loss is
     already normalised over all of them. Where no other rank shares a frozen base, FSDP leaves it
-    alone, since it would copy what is there.
+    alone, since it would copy what is there. is_balanced: experts may move between ranks.
     """
     for parameter in frozen_base(model):
         parameter.data = parameter.data.to(dtype)
@@ -62,7 +62,7 @@ def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
     if meshes.experts["ep"].size() > 1:
         # shard the second axis: a rank may own fewer experts than FSDP has ranks to shard them over
         mesh = meshes.experts["replicate", "fsdp"] if is_hybrid else meshes.experts["fsdp"]
-        layers = apply_expert_parallel(model, meshes.experts["ep"])
+        layers = apply_expert_parallel(model, meshes.experts["ep"], is_balanced)
         alone = ignored(meshes.experts["fsdp"])
         # an adapter's A has few rows, so its columns are sharded
         columns = {p for layer in layers for n, p in layer.named_parameters() if n.endswith("lora_A")}
@@ -144,9 +144,12 @@ def reshard(model: nn.Module) -> None:
 @torch.no_grad()
 def gather_weights(model: nn.Module, plain: nn.Module) -> None:
     """Copy all weights into a plain model of the same shape on each rank. A collective."""
+    experts = [module for module in model.modules() if isinstance(module, ParallelExperts)]
+    slots = {p: module.slots for module in experts for p in module.parameters() if module.slots is not None}
     for (name, full), (sharded_name, sharded) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
         assert name == sharded_name
-        full.copy_(sharded.full_tensor() if isinstance(sharded, DTensor) else sharded)
+        whole = sharded.full_tensor() if isinstance(sharded, DTensor) else sharded
+        full.copy_(whole[slots[sharded]] if sharded in slots else whole)
 
 
 def reduce_replicated(model: nn.Module) -> None:

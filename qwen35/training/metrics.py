@@ -76,6 +76,7 @@ class Metrics:
         self.zero_steps = dict.fromkeys(groups, 0)  # consecutive steps with a gradient of zero
         self.is_estimated = False  # whether the remaining time has been logged
         self.logged: set[str] = set()  # messages about bad records, each of which is logged once
+        self.expert_counts: Tensor | None = None  # [L, E] tokens of each expert, on the device
         self.is_writer = dist.get_rank() == 0
         self.bar = None
         if self.is_writer:
@@ -117,6 +118,7 @@ class Metrics:
         if all(r.load is not None for r in records):
             load = torch.stack([r.load for r in records if r.load is not None])  # [steps, L, E]
             dist.all_reduce(load)
+            self.expert_counts = load.sum(0) if self.expert_counts is None else self.expert_counts + load.sum(0)
             columns.append(load.amax(-1) / load.mean(-1).clamp(min=1e-9))
         values = torch.cat(columns, dim=1).tolist()
         step_time = (time.perf_counter() - self.last_flush) / len(records)
@@ -139,6 +141,12 @@ class Metrics:
         for line, group_squares in zip(lines, squares, strict=True):
             self._check(line, group_squares, patience)
         return totals[-1]["stop"] > 0
+
+    def take_expert_counts(self) -> Tensor:
+        """[L, E]: how many tokens each expert has had in the steps flushed since the last call."""
+        counts, self.expert_counts = self.expert_counts, None
+        assert counts is not None
+        return counts
 
     def _append(self, text: str, instead: str = "") -> None:
         """Append all of the text or nothing; if the file ends with `instead`, replace that."""

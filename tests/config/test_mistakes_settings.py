@@ -150,6 +150,21 @@ RULES = [
         "too many tokens", on("training.micro_batch_size=100000000"), ("micro_batch_size 100000000 x cutoff_len 160",)
     ),
     Case(
+        "balance of one rank",
+        on("training.expert_balance=1.2"),
+        ("training.expert_balance 1.2 means nothing without parallel.expert_parallel_size",),
+    ),
+    Case(
+        "balance without saves",
+        on("training.expert_balance=1.2", "parallel.expert_parallel_size=2"),
+        ("training.expert_balance moves experts when the run saves; set training.save_interval",),
+    ),
+    Case(
+        "balance by less than none",
+        on("training.expert_balance=1"),
+        ("training.expert_balance: 1 must be more than 1",),
+    ),
+    Case(
         "weight of what is not trained",
         on("model.mtp_loss_scaling_factor=0.3"),
         ("mtp_loss_scaling_factor 0.3 means nothing without model.mtp_num_layers: 1",),

@@ -23,13 +23,13 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 1_190,
+    "config": 1_200,
     "model": 1_505,
     "checkpoint": 3_595,
     "data": 7_045,
-    "parallel": 660,
+    "parallel": 745,
     "inference": 1_275,
-    "training": 2_990,
+    "training": 3_125,
     "tools": 1_755,
     "launch": 1_520,
 }

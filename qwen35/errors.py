@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+LISTS_FOLDER = "QWEN35_LISTS_FOLDER"  # of files that messages name: launchers remove the TMPDIR of their ranks
 LONGEST_LINE = 2000  # characters of a message; a longer one loses its middle
 
 

@@ -1,12 +1,13 @@
 """CheckpointError, and how long lists of tensor names are shortened in its message."""
 
 import math
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qwen35.errors import UserError, one_line, visible
+from qwen35.errors import LISTS_FOLDER, UserError, one_line, visible
 from qwen35.wording import ranges
 
 MAX_NAMES = 3  # tensors of one kind that a message names
@@ -74,11 +75,12 @@ def abbreviate(names: Sequence[str]) -> str:
 def _write_list(lines: list[str]) -> str:
     """Write lines into a temporary file that only its owner can read. Returns its name."""
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="qwen35-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        handle, path = tempfile.mkstemp(".txt", "qwen35-", os.environ.get(LISTS_FOLDER))
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.writelines(f"{visible(line)}\n" for line in lines)
     except OSError as error:
         return f"nowhere, for no file can be written ({one_line(error)})"
-    return file.name
+    return path
 
 
 def fold_names(names: Iterable[str]) -> list[str]:

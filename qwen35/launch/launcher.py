@@ -28,7 +28,7 @@ from typing import NoReturn
 
 from qwen35.config.layout import check_layout
 from qwen35.config.load import SettingError, load_settings, parse_words
-from qwen35.errors import USER_ERRORS, Parser, UserError, complain, shortened, visible, whole_number
+from qwen35.errors import LISTS_FOLDER, USER_ERRORS, Parser, UserError, complain, shortened, visible, whole_number
 from qwen35.launch.cluster import find_place
 from qwen35.launch.connection import SECRET, check_secret
 from qwen35.launch.job import Failure, Job
@@ -223,6 +223,7 @@ def rank_environments(
             "MASTER_ADDR": args.master_addr,
             "MASTER_PORT": str(args.master_port),
             "TMPDIR": str(folder / TMP_NAME),  # removed with what killed workers of a data loader leave there
+            LISTS_FOLDER: str(folder.parent),
             FAILURE_FILE: str(folder / f"{rank}.json"),
         }
     return environments

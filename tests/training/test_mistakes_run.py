@@ -1,8 +1,10 @@
 """Mistakes around a run: full disks, taken ports, addresses and devices that are not there."""
 
 import json
+import re
 import resource
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -166,6 +168,18 @@ def test_more_processes_than_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch, "npu", stand_in, raising=False)
     with pytest.raises(SettingError, match="4 processes on this node, but 3 npu devices visible"):
         init_process()
+
+
+def test_the_list_that_a_message_names_outlives_the_launcher(place):
+    """Which removes the TMPDIR of its ranks."""
+    config = json.loads((place / "hf/config.json").read_text())
+    text = config["text_config"]
+    config["text_config"] = text | {"num_hidden_layers": 4, "layer_types": text["layer_types"] * 2}
+    (place / "hf/config.json").write_text(json.dumps(config))
+    done = run(place, *launch(1), "training.load=null", "training.init_from_hf_path=hf")
+    [name] = re.findall(r"; all of them: (\S+)", done.err)
+    assert done.code == 1 and Path(name).read_text().count("missing: ") > 3
+    Path(name).unlink()
 
 
 def test_a_cpu_takes_any_number_of_processes(place):

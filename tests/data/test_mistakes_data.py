@@ -98,7 +98,7 @@ FILES = [
     Case(
         "preference pair",
         DATA,
-        (f"{SECOND}: has chosen, which is not read; preference pairs",),
+        (f"{SECOND}: has chosen, which is not read; training.stage: dpo learns",),
         both(record(chosen="a"), record(rejected="b")),
     ),
     Case(

@@ -31,8 +31,8 @@ def rebalance(load: np.ndarray, slots: Sequence[int], ranks: int, goal: float) -
         top = int(of_rank.argmax())
         if of_rank[top] * ranks <= goal * of_rank.sum():
             break
-        # [size, ranks, size]: what a swap takes off the busiest rank's load, and half of what it takes
-        # off the sum of squares of all ranks' loads
+        # [size, ranks, size]: what a swap takes off the busiest rank's load, and half of what it
+        # takes off the sum of squares of all ranks' loads
         moved = of_slot[top][:, None, None] - of_slot[None]
         gain = moved * (of_rank[top] - of_rank[None, :, None] - moved)
         own, rank, other = np.unravel_index(int(gain.argmax()), gain.shape)

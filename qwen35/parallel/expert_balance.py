@@ -31,8 +31,8 @@ def rebalance(load: np.ndarray, slots: Sequence[int], ranks: int, goal: float) -
         top = int(of_rank.argmax())
         if of_rank[top] * ranks <= goal * of_rank.sum():
             break
-        # [size, ranks, size]: what a swap takes off the busiest rank's load, and half of what it takes
-        # off the sum of squares of all ranks' loads
+        # [size, ranks, size]: what a swap takes off the busiest rank's load, and half of what it
+        # takes off the sum of squares of all ranks' loads
         moved = of_slot[top][:, None, None] - of_slot[None]
         gain = moved * (of_rank[top] - of_rank[None, :, None] - moved)
         own, rank, other = np.unravel_index(int(gain.argmax()), gain.shape)
@@ -66,8 +66,8 @@ def move_rows(
     rows = tensor[_index([a % size for _, a in sent], tensor)].to(device)
     arrived = rows.new_empty(len(received), *tensor.shape[1:])
     to, source = [to for to, _ in sent], [a // size for a, _ in received]
-    counts = [[places.count(r) for r in range(ranks)] for places in (source, to)]
-    dist.all_to_all_single(arrived, rows, *counts, group=group)
+    receive_counts, send_counts = ([places.count(r) for r in range(ranks)] for places in (source, to))
+    dist.all_to_all_single(arrived, rows, receive_counts, send_counts, group=group)
     tensor[_index([b % size for _, b in received], tensor)] = arrived.to(tensor.device)
 
 

@@ -116,11 +116,12 @@ class ExpertBalance:
         )
 
     def _move(self, wanted: list[list[int]]) -> None:
+        # the last step may still be copying moments to the host
+        synchronize({layer.slots.device for layer in self.layers if layer.slots is not None})
         for layer, old, new in zip(self.layers, self.slots, wanted, strict=True):
             if old == new:
                 continue
             assert layer.slots is not None
-            synchronize({layer.slots.device})  # the last step may still be copying moments to the host
             for tensor in self._tensors(layer):
                 move_rows(tensor, old, new, layer.group, layer.slots.device)
             layer.slots.copy_(torch.tensor(new))

@@ -18,9 +18,8 @@ TRITON = ("delta_rule::", "causal_conv1d::", "rms_norm_gated::")  # operators th
 
 def peak(r: Rehearsal) -> tuple[str, Peak]:
     """The step's highest peak and its phase, without workspace and HCCL's buffers."""
-    peaks = r.ledger.peaks()
-    phase = max(STEP, key=lambda p: peaks[p].bytes)
-    return phase, peaks[phase]
+    phase = max(STEP, key=lambda p: r.peaks[p].bytes)
+    return phase, r.peaks[phase]
 
 
 def total_bytes(r: Rehearsal, hccl: int) -> int:
@@ -79,7 +78,7 @@ def hccl_bytes(r: Rehearsal, megabytes: int) -> int:
 
 
 def _memory(r: Rehearsal, hccl: int) -> Iterator[str]:
-    peaks, workspace = r.ledger.peaks(), r.operators.workspace
+    peaks, workspace = r.peaks, r.operators.workspace
     yield f"{'GB per NPU':12}" + "".join(f"{kind:>13}" for kind in (*KINDS, "workspace", "HCCL", "total"))
     for phase in STEP:
         kinds = [peaks[phase].by_kind[kind] for kind in KINDS]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from qwen35.training.optimizer import GradientNorm
 from rehearse.cluster import FakeDevice, Observer, fake_process_group
 from rehearse.communication import Communication, balanced_counts
 from rehearse.lower_bound import Bytes, lower_bound
-from rehearse.memory import Ledger
+from rehearse.memory import Ledger, Peak
 from rehearse.operators import Operators, as_rehearsal_error
 from rehearse.representatives import (
     MICRO_BATCH,
@@ -53,6 +53,11 @@ class Rehearsal:
     recomputed: float  # FLOPs that recomputation adds to these
     flops_unpacked: float  # what `flops` would be if each packed sequence were one text
     tokens: int  # of its packed sequences, without padding
+
+    @cached_property
+    def peaks(self) -> dict[str, Peak]:
+        """Of each phase: the report asks for them again and again."""
+        return self.ledger.peaks()
 
 
 class PhaseTracker:

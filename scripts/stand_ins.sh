@@ -58,7 +58,7 @@ newest_for() { # TORCH: the newest torch_npu that goes with it, which has the mo
 }
 
 torch_version() { # of $python; torch-npu has the same
-    "$python" -c 'import torch; print(torch.__version__.partition("+")[0])'
+    "$python" -c 'from importlib.metadata import version; print(version("torch").partition("+")[0])'
 }
 
 without_noise() { # what torch_npu says of a machine that it does not know

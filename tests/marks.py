@@ -21,17 +21,30 @@ HELPERS = ("forked", "training_runs", "saver_run", "kills")  # files of tests/ t
 STARTERS = re.compile("|".join(map(re.escape, (*LIBRARIES, *HELPERS))))
 TRANSFORMERS = re.compile(r"(transformers|huggingface_hub)(\..*)?|.*\bimport transformers\b.*", re.DOTALL)
 PEFT = re.compile(r"peft(\..*)?")
-SLOW = (  # 8 to 70 s of processor time each, as measured
+SLOW = (  # how files of 8 to 70 s of processor time, and tests of 1 to 9 s, begin, as measured
+    "data/test_checkpoint_template.py::test_published_templates_give_the_tokens",
+    "data/test_checkpoint_template.py::test_the_tokens_before_each_trained_answer",
+    "data/test_conversations.py::test_each_answer_is_trained_once",
     "data/test_dataloader.py",
+    "data/test_template.py::test_a_sample_has_the_tokens",
+    "data/test_template.py::test_random_",
+    "data/test_template.py::test_the_trained_tokens_continue",
+    "data/test_template.py::test_train_on_prompt_changes_masks",
+    "house/test_accept.py::test_check_over_its_time_limit",
+    "house/test_accept.py::test_reason_of_a_failed_rank",
+    "house/test_accept.py::test_wrong_kernel_is_off",
+    "inference/test_generate.py::test_a_long_answer",
     "inference/test_generate_command.py",
     "model/test_step.py",
+    "parallel/test_recompute.py::test_bytes_saved_per_layer",
     "rehearse/test_plan.py",
     "rehearse/test_rehearse.py",
 )
 
 
 def marks(item: pytest.Function) -> Iterator[str]:
-    if not str(item.path).endswith(SLOW) and not uses(item, STARTERS):
+    name = f"{item.path.parent.name}/{item.path.name}::{item.name}"
+    if not name.startswith(SLOW) and not uses(item, STARTERS):
         yield "quick"
     if uses(item, TRANSFORMERS):
         yield "transformers"

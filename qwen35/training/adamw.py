@@ -162,6 +162,7 @@ def _parts(tensors: list[Tensor]) -> list[slice]:
     return [slice(*ends) for ends in pairwise([*starts, len(tensors)])]
 
 
+@torch.no_grad()  # else a DTensor makes a view of its shard, an operator for each parameter
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -19,7 +19,7 @@ from qwen35.parallel.fsdp import REPLICATED
 from qwen35.training.adamw import SwappedAdamW
 from qwen35.training.loss import token_weights
 
-LAYERS = ["linear_attention"] * 3 + ["full_attention"]
+LAYERS = ["linear_attention"] * 2 + ["full_attention"]
 TOKENS = 1024
 
 
@@ -71,7 +71,7 @@ def test_activations_on_the_host(recompute):
             assert (copies.out == copies.back > 0) if offload else copies.out == 0
             del loss, aux, total, there
     sent = copies.out
-    assert sent >= 3 * TOKENS * 1024 * 2  # inputs of all layers but the last
+    assert sent >= (len(LAYERS) - 1) * TOKENS * 1024 * 2  # inputs of all layers but the last
     assert held[False] - held[True] >= 0.95 * sent
 
 

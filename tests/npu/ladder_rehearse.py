@@ -18,6 +18,8 @@ from rehearse.cost import bytes_moved, workspace
 from rehearse.rates import rates_text
 
 ROOT = Path(__file__).parents[2]
+LINEAR, FULL = ("linear_attention",), ("full_attention",)
+BOTH = (*LINEAR, *FULL)
 LIBRARY = torch.library.Library("npu", "FRAGMENT")
 LIBRARY.define("without_kernel(Tensor x) -> Tensor")
 LIBRARY.impl("without_kernel", torch.empty_like, "Meta")
@@ -34,9 +36,9 @@ def recipe(tmp_path) -> str:
     return write(tmp_path, True, 1)
 
 
-def write(tmp_path: Path, moe: bool, layers: int) -> str:
+def write(tmp_path: Path, moe: bool, blocks: int, kinds: tuple[str, ...] = BOTH) -> str:
     (tmp_path / "model").mkdir(parents=True)
-    config = slice_config(moe, ["linear_attention", "full_attention"] * layers)
+    config = slice_config(moe, [*kinds] * blocks)
     (tmp_path / "model/config.json").write_text(json.dumps(config))
     file = tmp_path / "recipe.yaml"
     file.write_text(f"""
@@ -88,18 +90,19 @@ HOST = ["parallel.recompute=selective", "parallel.activation_offload=true", "tra
 
 
 EXPERTS = "training.lora.target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]"
-ADAPTERS = [*SPLIT, "parallel.recompute=false", "training.lora.r=16", EXPERTS]
-PAIRS = ["training.stage=dpo", "parallel.expert_parallel_size=4", "training.lora.r=16", EXPERTS]
+LORA = ["training.lora.r=16", EXPERTS]
+ADAPTERS = [*SPLIT, "parallel.recompute=false", *LORA, "training.lora.target_modules=[in_proj_qkv,out_proj]"]
+PAIRS = ["training.stage=dpo", SPLIT[0], *LORA, "training.lora.target_modules=[q_proj,o_proj]"]
 
 
 @pytest.mark.parametrize(
-    ("moe", "more"),
-    [(True, SPLIT), (False, HOST), (True, ADAPTERS), (True, PAIRS)],
+    ("kinds", "moe", "more"),
+    [(BOTH, True, SPLIT), (BOTH, False, HOST), (LINEAR, True, ADAPTERS), (FULL, True, PAIRS)],
     ids=["experts", "offload", "adapters", "pairs"],
 )
-def test_representative_layers_give_the_report_of_all(tmp_path, capsys, moe, more):
-    """Four of five layers of each kind are run, and every line is the same as if all were."""
-    small, recipe, reports = write(tmp_path / "small", moe, 1), write(tmp_path, moe, 5), []
+def test_representative_layers_give_the_report_of_all(tmp_path, capsys, kinds, moe, more):
+    """Four of five blocks of layers are run, and every line is the same as if all were."""
+    small, recipe, reports = write(tmp_path / "small", moe, 1, kinds), write(tmp_path, moe, 5, kinds), []
     assert main([small, *more]) == 0  # the first has operators of DTensor's shape inference, which is cached
     capsys.readouterr()
     for whole in ([], ["--whole"]):

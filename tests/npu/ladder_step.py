@@ -20,7 +20,7 @@ from qwen35.device import DETERMINISTIC_ENV, enable_determinism
 from qwen35.parallel.mesh import make_meshes
 from rehearse.operators import has_kernel
 
-LAYERS = ["linear_attention"] * 3 + ["full_attention"]
+LAYERS = ["linear_attention"] * 2 + ["full_attention"]
 FORWARD = [
     "causal_conv1d::forward",
     "rms_norm_gated::forward",

@@ -40,7 +40,7 @@ from qwen35.training.flops import Flops
 from qwen35.training.loss import token_weights
 from qwen35.training.optimizer import GradientNorm
 
-STEPS, BIN, BUCKET = 3, 64, 32
+STEPS, BIN, BUCKET = 2, 64, 32  # in the first step only B has gradients
 MICRO_BATCHES = [[9, (4, 6), 8], [23], [30, (4, 4), 3], [11]]  # of each step
 LORA = LoraSettings(
     r=8,

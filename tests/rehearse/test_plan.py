@@ -26,7 +26,7 @@ from rehearse.report import peak, total_bytes
 from rehearse.step import rehearse
 from rehearse.step_time import Times, best_and_worst
 
-MIX, LENGTH = Mix(sequence=256), 2048
+MIX, LENGTH = Mix(sequence=256), 512
 BASE = Layout(None, 1, 1, 1, 2, True, False, "adamw")
 
 
@@ -81,7 +81,7 @@ def test_layouts_train_as_many_tokens_and_divide_the_model(settings):
 @pytest.mark.parametrize(
     ("change", "tolerance"),
     [
-        ({"micro_batch": 2}, 0.35),  # a part of the activations of so small a model does not grow with the tokens
+        ({"micro_batch": 2}, 0.1),
         ({"expert": 2}, 0.1),
         ({"expert": 4}, 0.1),
         ({"shard": 4}, 0.1),

@@ -29,7 +29,7 @@ ROOMS = {
     "data": 7_025,
     "parallel": 660,
     "inference": 1_275,
-    "training": 2_970,
+    "training": 2_975,
     "tools": 1_755,
     "launch": 1_520,
 }

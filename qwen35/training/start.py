@@ -21,7 +21,7 @@ from qwen35.checkpoint.hf_names import base_parameters, saved_parameters, shapes
 from qwen35.checkpoint.hf_read import has_weights
 from qwen35.checkpoint.merged import AdapterRun, digest, holds_adapters
 from qwen35.checkpoint.peft_folder import PeftFolder
-from qwen35.checkpoint.slices import FiniteSource, TensorSource, fill
+from qwen35.checkpoint.slices import FiniteSource, TensorSlice, TensorSource, fill
 from qwen35.config.load import SettingError
 from qwen35.config.schema import LoraSettings, Settings
 from qwen35.model import Qwen35
@@ -111,6 +111,9 @@ class Start:
             _check_fit(folder, model, self.lora)
             self.sources.append(FiniteSource(folder, self.lora.adapter))
             self.notes += folder.notes
+            learnt = (name for name in folder.specs if name.endswith("lora_B"))
+            if not any(folder.read(name, TensorSlice.full(folder.specs[name].shape)).any() for name in learnt):
+                self.warnings.append(f"{folder.folder}: every lora_B is zero, so these adapters have learnt nothing")
         else:
             self.sources.append(InitialAdapters(saved_parameters(model), settings.training.seed))
 

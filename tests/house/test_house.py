@@ -29,7 +29,7 @@ ROOMS = {
     "data": 7_045,
     "parallel": 745,
     "inference": 1_275,
-    "training": 3_125,
+    "training": 3_130,
     "tools": 1_755,
     "launch": 1_520,
 }

@@ -119,6 +119,7 @@ def test_a_run_goes_on_from_a_folder_of_peft_s(run, workplace):
     done = train(workplace, save, 1, *options)
     assert done.returncode == 0, done.stderr
     assert f"adapters from {folder}, whose base is {workplace}/weights\n" in done.stdout
+    assert "every lora_B is zero" not in done.stdout
     assert_same_bytes(tensors(save), tensors(run))
     line = went_wrong(
         workplace, workplace / "no", *LORA, f"training.lora.adapter={folder}", "training.lora.lora_alpha=8"
@@ -127,6 +128,10 @@ def test_a_run_goes_on_from_a_folder_of_peft_s(run, workplace):
     line = went_wrong(workplace, workplace / "no", *LORA, f"training.lora.adapter={folder}", "training.lora.expert_r=8")
     assert f"training.lora.adapter: {folder} has other adapters than training.lora asks for: " in line
     assert "tensors misshapen" in line
+    file = folder / "adapter_model.safetensors"  # as trainers save it that gather no shards, or before a step
+    save_file({name: tensor * ("lora_B" not in name) for name, tensor in load_file(file).items()}, file)
+    done = train(workplace, workplace / "from_zeros", 1, *options)
+    assert f"{folder}: every lora_B is zero, so these adapters have learnt nothing" in done.stdout
 
 
 def test_what_cannot_go_on_is_one_line(run, workplace):

@@ -212,7 +212,7 @@ def _main_of(name: str) -> Callable[[list[str]], int | None]:
     if name == TORCHRUN:
         from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-        subprocess_handler.Popen = Child
+        subprocess_handler.Popen, subprocess_handler.subprocess = Child, AS_SUBPROCESS  # this one on torch 2.7
     elif name == PACKAGES["accept"]:
         from accept import __main__, runs
 

@@ -67,6 +67,7 @@ class Job:
     def __init__(self, command: Sequence[str], rendezvous: Rendezvous | None = None):
         self.command, self.rendezvous = command, rendezvous
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.sent: set[tuple[int, int]] = set()  # rank and signal: once, though one may come while the ranks start
         self.stop = Stop(partial(self.send_signal, signal.SIGTERM), partial(self.send_signal, signal.SIGKILL))
 
     def run(
@@ -81,7 +82,7 @@ class Job:
         failures: an empty folder for their failures; listener: the socket of the store of rank 0.
         """
         watchdog = Watchdog(environments, timeout)
-        self.processes = {}
+        self.processes, self.sent = {}, set()
         for rank, environment in environments.items():
             inherited = {HEARTBEAT: watchdog.watches[rank].descriptor}
             if listener and rank == 0:
@@ -103,8 +104,9 @@ class Job:
         return failure
 
     def send_signal(self, number: int) -> None:
-        for process in self.processes.values():
-            if process.poll() is None:
+        for rank, process in self.processes.items():
+            if process.poll() is None and (rank, number) not in self.sent:
+                self.sent.add((rank, number))
                 process.send_signal(number)
 
     def wait(self, watchdog: Watchdog, failures: Path) -> Failure | None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -183,6 +184,19 @@ def test_two_signals_in_one_moment_are_one(monkeypatch):
     for number, handler in before.items():
         signal.signal(number, handler)
     assert (sent, stop.number, stop.is_forced) == (["stop"], signal.SIGINT, False)
+
+
+def test_a_signal_that_comes_while_the_ranks_start_reaches_each_once():
+    """Its handler sends it to those that are there, and who started them to all."""
+    before = {number: signal.getsignal(number) for number in stop_signals()}
+    starting, sent = job.Job([]), []
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    for rank in range(2):
+        starting.processes[rank] = SimpleNamespace(poll=lambda: None, send_signal=lambda n, r=rank: sent.append((r, n)))
+        starting.send_signal(signal.SIGTERM)
+    starting.send_signal(signal.SIGKILL)
+    assert sent == [(0, signal.SIGTERM), (1, signal.SIGTERM), (0, signal.SIGKILL), (1, signal.SIGKILL)]
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,10 @@ def weight_of_row(weights: Tensor, row_of_slot: Tensor) -> Tensor:
     ]
 
 
-def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden, grad_hidden [N, I], weight [N, 1] -> their dot products [N]; weighs both in place."""
+def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden, grad_hidden [N, I], weight [N, 1] -> their dot products [N]; grad_hidden, weighed.
+    Hidden is weighed in place, and grad_hidden may be.
+    """
     wide = working_dtype(hidden)
     dots = torch.empty_like(weight[:, 0])
     for h, g, w, dot in row_blocks(hidden, grad_hidden, weight.to(wide), dots):
@@ -79,7 +81,7 @@ def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
         dot.copy_(torch.linalg.vecdot(wide_h, wide_g))
         h.copy_(wide_h.mul_(w))
         g.copy_(wide_g.mul_(w))
-    return dots
+    return dots, grad_hidden
 
 
 def permute_backward(grad_rows: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:

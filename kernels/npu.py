@@ -59,12 +59,16 @@ def sorted_rows(
     return npu.npu_moe_token_permute(x, topk_ids, count)[0] if topk_ids.numel() and count != 0 else x[:0]
 
 
-def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
-    """As native.weigh; weight is fp32."""
-    dots = (hidden.float() * grad_hidden).sum(-1)
+def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As native.weigh; weight is fp32. The backward of `unpermute` for tokens of one row each, in
+    their order: it reads both once, and computes in fp32.
+    """
+    if not len(hidden):
+        return weight[:, 0], grad_hidden
+    place = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)
+    grad_hidden, dots = npu.npu_moe_token_unpermute_grad(hidden, grad_hidden, place, weight)
     hidden.mul_(weight)
-    grad_hidden.mul_(weight)
-    return dots
+    return dots[:, 0], grad_hidden
 
 
 def permute_backward(grad_rows: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:

@@ -251,6 +251,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 SOFTMAX_ROWS = 16  # rows of one softmax on a CPU: 16 MB in fp32 for a vocabulary of 250,000
 VOCABULARY_SLICE = 4096  # rows of the weight's gradient that are computed at once
+LOGIT_BLOCKS = 1  # a chunk's logits have so many times CHUNK_LOGITS elements
 
 
 def rows_with_label(labels: Tensor) -> Tensor:

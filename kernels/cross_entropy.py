@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels import native
 
-CHUNK_LOGITS = 1 << 27  # logits of one chunk: 256 MB in bf16
+CHUNK_LOGITS = 1 << 27  # logits of one chunk, times the primitives' LOGIT_BLOCKS: 256 MB in bf16
 ROW_MULTIPLE = 32  # the last chunk is padded to a multiple of this many rows, so that few shapes occur
 
 
@@ -126,7 +126,7 @@ def _by_chunks(
     grad_hidden = torch.zeros_like(hidden) if need_hidden else None
     allocate = torch.empty if len(label_rows) else torch.zeros  # the first chunk writes, the others add
     grad_weight = allocate(weight.shape, dtype=scales.dtype, device=weight.device) if need_weight else None
-    for number, (rows, is_real) in enumerate(chunks(label_rows, weight.shape[0])):
+    for number, (rows, is_real) in enumerate(chunks(label_rows, weight.shape[0], ops.LOGIT_BLOCKS)):
         h = hidden[rows]
         loss, grad = ops.cross_entropy(h, weight, targets[rows], scales[rows] * is_real, need_hidden or need_weight)
         token_loss.index_add_(0, rows, loss * is_real)
@@ -137,9 +137,9 @@ def _by_chunks(
     return token_loss, grad_hidden, grad_weight
 
 
-def chunks(label_rows: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
+def chunks(label_rows: Tensor, vocabulary: int, blocks: int = 1) -> list[tuple[Tensor, Tensor]]:
     """The rows [c] of each chunk, and a mask [c] that is False for the last chunk's padding."""
-    size = max(16, CHUNK_LOGITS // vocabulary)
+    size = max(16, blocks * CHUNK_LOGITS // vocabulary)
     size -= size % ROW_MULTIPLE if size > ROW_MULTIPLE else 0
     padding = -len(label_rows) % min(size, ROW_MULTIPLE)
     rows = torch.cat([label_rows, label_rows[:1].expand(padding)])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels import native
 from kernels.moe_lora import ExpertAdapters, projections, stacks
+from kernels.recompute_cache import RecomputeCache, skips_experts_output
 
 
 def moe_experts(
@@ -27,35 +28,39 @@ def moe_experts(
     down_proj: Tensor,
     primitives: ModuleType = native,
     adapters: ExpertAdapters | None = None,
+    recompute_cache: RecomputeCache | None = None,
 ) -> Tensor:
     """x [T, H], topk_ids [T, K] int, topk_weights [T, K] -> y [T, H] in x's dtype; sums in fp32.
 
     gate_up_proj [E, 2I, H], gate rows first; down_proj [E, H, I]. Experts without tokens get zero
     gradients. primitives: the module that implements permute, grouped_matmul and so on. adapters:
-    what is added to the projections, see moe_lora.py.
+    what is added to the projections, see moe_lora.py. recompute_cache: of the layer.
     """
-    scale = adapters.scale if adapters else 1.0
-    return _Experts.apply(primitives, scale, x, topk_ids, topk_weights, *stacks(gate_up_proj, down_proj, adapters))
+    options = primitives, adapters.scale if adapters else 1.0, skips_experts_output(recompute_cache)
+    return _Experts.apply(options, x, topk_ids, topk_weights, *stacks(gate_up_proj, down_proj, adapters))
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, ops: ModuleType, scale: float, x: Tensor, ids: Tensor, weights: Tensor, *stacks: Tensor
+        ctx: Any, options: tuple[ModuleType, float, bool], x: Tensor, ids: Tensor, weights: Tensor, *stacks: Tensor
     ) -> Tensor:
+        ops, scale, skips_output = options
         rows, row_of_slot, ends = ops.permute(x, ids, len(stacks[0]))
         gate_up_proj, down_proj = projections(ops, ends, scale, stacks)
         gate_up = gate_up_proj.forward(rows)  # [T*K, 2I]
         del rows
-        out = down_proj.forward(ops.swiglu(gate_up))  # [T*K, H]
         ctx.save_for_backward(x, ids, weights, gate_up, row_of_slot, ends, *stacks)
         ctx.ops, ctx.scale = ops, scale
+        if skips_output:
+            return torch.empty_like(x)
+        out = down_proj.forward(ops.swiglu(gate_up))  # [T*K, H]
         return ops.unpermute(out, row_of_slot, weights)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, ids, weights, gate_up, row_of_slot, ends, *stacks = ctx.saved_tensors
-        need_x, for_gate_up, for_down = ctx.needs_input_grad[2], ctx.needs_input_grad[5:8], ctx.needs_input_grad[8:]
+        need_x, for_gate_up, for_down = ctx.needs_input_grad[1], ctx.needs_input_grad[4:7], ctx.needs_input_grad[7:]
         ops = ctx.ops
         gate_up_proj, down_proj = projections(ops, ends, ctx.scale, stacks)
         grad_out = ops.sorted_rows(grad_y, ids, row_of_slot)  # [T*K, H], without the routing weight
@@ -73,7 +78,7 @@ class _Experts(torch.autograd.Function):
         grad_x = None
         if need_x:
             grad_x = ops.permute_backward(gate_up_proj.backward(grad_gate_up, low), row_of_slot, ids.shape[1])
-        return None, None, grad_x, None, grad_weights, *of_gate_up, *of_down
+        return None, grad_x, None, grad_weights, *of_gate_up, *of_down
 
 
 def hidden_backward(
@@ -81,9 +86,9 @@ def hidden_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward through swiglu and the routing weights.
 
-    grad_hidden [N, I] without the routing weight (overwritten), gate_up [N, 2I], weight [N, 1] ->
-    the weights' gradients [N]; hidden [N, I], times the weight; the gradient of gate_up [N, 2I].
+    grad_hidden [N, I] without the routing weight (overwritten or not), gate_up [N, 2I], weight
+    [N, 1] -> the weights' gradients [N]; hidden [N, I], times the weight; gate_up's gradient.
     """
     hidden = ops.swiglu(gate_up)
-    dots = ops.weigh(hidden, grad_hidden, weight)
+    dots, grad_hidden = ops.weigh(hidden, grad_hidden, weight)
     return dots, hidden, ops.swiglu_backward(grad_hidden, gate_up)

@@ -3,17 +3,17 @@
 Tokens are sent, weights are not. Of a rank's T*K rows (ep-1)/ep belong to other ranks' experts. Of
 two algorithms the one that sends less is used:
 - All-to-all sends K*T*H*(ep-1)/ep elements each way: every row goes to its expert's rank and back.
-  (Sending a token only once to a rank that has several of its experts would save a third at
-  ep = K = 8 with balanced routing; it is not implemented.)
-- All-gather sends (ep-1)*T*H each way, which is less if ep < K: every rank receives all tokens and
-  computes its experts' share of each; the token's rank sums its ep shares. They are sent in x's
-  dtype and summed in fp32; a reduce-scatter in bf16 would round every partial sum.
+  (To send a token once to a rank that has several of its experts would save up to a third.)
+- All-gather sends (ep-1)*T*H each way, less if ep < K, and as much if ep = K, but reorders rows
+  less often: every rank receives all tokens and computes its experts' share of each; the token's
+  rank sums its ep shares. They are sent in x's dtype and summed in fp32, which no collective does.
 
 Both begin with a small exchange of row counts and the layer's only host sync, because a rank must
-know how much it will receive. With a recompute cache, the second run of a layer needs neither.
-Backward sends the gradients in the same way, plus one number per row: all-to-all sends the routing
-weights to the experts, and both send their gradients back. Received rows are saved for backward,
-not sent again. The projections' gradients are computed while the gradient of x is being sent.
+know how much it will receive. With a recompute cache, the second run of a layer needs neither, and
+it stops at gate_up's output where the layer ends with its experts. Backward sends the gradients in
+the same way, plus one number per row: all-to-all sends the routing weights to the experts, and both
+send their gradients back. Received rows are saved for backward, not sent again. The projections'
+gradients are computed while the gradient of x is being sent.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from kernels.features import all_gather_single
 from kernels.moe import hidden_backward, moe_experts
 from kernels.moe_lora import ExpertAdapters, projections, stacks
 from kernels.native import working_dtype
-from kernels.recompute_cache import RecomputeCache
+from kernels.recompute_cache import RecomputeCache, skips_experts_output
 
 CountReader = Callable[[Tensor, int, int], list[list[list[int]]]]
 
@@ -72,8 +72,8 @@ def moe_experts_parallel(
     if exchange is not None:
         exchange.check(x, topk_ids.shape[1], ep, len(gate_up_proj), adapters is not None)
     if ep == 1:
-        return moe_experts(x, topk_ids, topk_weights, gate_up_proj, down_proj, primitives, adapters)
-    algorithm = _AllGatherExperts if exchange is None and ep < topk_ids.shape[1] else _AllToAllExperts
+        return moe_experts(x, topk_ids, topk_weights, gate_up_proj, down_proj, primitives, adapters, recompute_cache)
+    algorithm = _AllGatherExperts if exchange is None and ep <= topk_ids.shape[1] else _AllToAllExperts
     scale = adapters.scale if adapters else 1.0
     options = Options(group, recompute_cache, primitives, count_reader, exchange or Exchange, scale)
     return algorithm.apply(options, x, topk_ids, topk_weights, *stacks(gate_up_proj, down_proj, adapters))
@@ -108,8 +108,7 @@ def exchange_counts(count_choices: Callable[[], Tensor], ids: Tensor, options: O
     """
 
     def make() -> Routes:
-        ep = dist.get_world_size(options.group)
-        tokens, top_k = ids.shape
+        ep, (tokens, top_k) = dist.get_world_size(options.group), ids.shape
         sent = F.pad(count_choices().view(ep, -1), (0, 1), value=tokens)  # [ep, E/ep + 1]
         both = torch.stack([sent, torch.empty_like(sent)])
         dist.all_to_all_single(both[1], both[0], group=options.group)
@@ -229,14 +228,15 @@ class _AllToAllExperts(torch.autograd.Function):
         gate_up_proj, down_proj = projections(ops, exchange.ends, options.scale, stacks)
         rows, gate_up = exchange.dispatch_and_matmul(rows, gate_up_proj.weight, True)  # [N, H], [N, 2I]
         gate_up_proj.add(gate_up, rows)
-        saved_rows = rows if any(ctx.needs_input_grad[4:7]) else None
+        rows = rows if any(ctx.needs_input_grad[4:7]) else None
+        ctx.save_for_backward(ids, weights, rows, gate_up, row_of_slot, exchange.indices, *stacks)
         del rows
-        hidden = ops.swiglu(gate_up)
-        add = partial(down_proj.add, rows=hidden)
-        out = exchange.matmul_and_combine(hidden, down_proj.weight, True, add)()  # [T*K, H]
-        del hidden, add
-        ctx.save_for_backward(ids, weights, saved_rows, gate_up, row_of_slot, exchange.indices, *stacks)
         ctx.routes, ctx.options = routes, options
+        if skips_experts_output(options.recompute_cache):
+            return torch.empty_like(x)
+        hidden = ops.swiglu(gate_up)
+        out = exchange.matmul_and_combine(hidden, down_proj.weight, True, partial(down_proj.add, rows=hidden))()
+        del hidden
         return ops.unpermute(out, row_of_slot, weights)
 
     @staticmethod
@@ -274,8 +274,7 @@ class _AllGatherExperts(torch.autograd.Function):
         ops, group = options.ops, options.group
         ep, local = dist.get_world_size(group), len(stacks[0])
         routes = exchange_counts(lambda: ops.histogram(ids, ep * local), ids, options)
-        max_tokens, total = max(routes.tokens), sum(map(sum, routes.received))
-        wide = working_dtype(weights)
+        max_tokens, total, wide = max(routes.tokens), sum(map(sum, routes.received)), working_dtype(weights)
         # ids and weights are gathered together; fp32 represents expert ids (far below 2^24) exactly
         choice = torch.cat([ids.to(wide), weights.to(wide)], 1)
         pending_choices = _all_gather(choice, max_tokens, group, ep * local)
@@ -287,13 +286,16 @@ class _AllGatherExperts(torch.autograd.Function):
         rows, row_of_slot, ends = ops.permute(pending_x.wait(), all_ids, local, total)
         gate_up_proj, down_proj = projections(ops, ends, options.scale, stacks)
         gate_up = gate_up_proj.forward(rows)  # [N, 2I]
-        del rows
-        out = down_proj.forward(ops.swiglu(gate_up))  # [N, H]
+        # the rows are no more than the tokens of all ranks if ep = K
+        saved_x = (rows if ep == ids.shape[1] else pending_x.received) if any(ctx.needs_input_grad[4:7]) else None
+        del rows, pending_x
         all_weights = choices[:, 1].to(weights.dtype).contiguous()  # a copy, so that `choices` is freed
-        shares = ops.unpermute(out, row_of_slot, all_weights)  # [ep * max_tokens, H]
-        saved_x = pending_x.received if any(ctx.needs_input_grad[4:7]) else None
         ctx.save_for_backward(all_ids, all_weights, saved_x, gate_up, row_of_slot, ends, *stacks)
         ctx.options, ctx.total, ctx.tokens = options, total, len(x)
+        if skips_experts_output(options.recompute_cache):
+            return torch.empty_like(x)
+        out = down_proj.forward(ops.swiglu(gate_up))  # [N, H]
+        shares = ops.unpermute(out, row_of_slot, all_weights)  # [ep * max_tokens, H]
         y = _sum_shares(ops, _all_to_all(shares, group).wait(), ep)
         return y if len(y) == len(x) else y[: len(x)].clone()  # FSDP2 warns if a unit returns a view
 
@@ -303,8 +305,7 @@ class _AllGatherExperts(torch.autograd.Function):
         need_x, _, need_weights, *for_stacks = ctx.needs_input_grad[1:]
         ops, group, total, ep = ctx.options.ops, ctx.options.group, ctx.total, dist.get_world_size(ctx.options.group)
         gate_up_proj, down_proj = projections(ops, ends, ctx.options.scale, stacks)
-        grad_y = _all_gather(grad_y, len(ids) // ep, group).wait()
-        grad_out = ops.sorted_rows(grad_y, ids, row_of_slot, count=total)
+        grad_out = ops.sorted_rows(_all_gather(grad_y, len(ids) // ep, group).wait(), ids, row_of_slot, count=total)
         weight = ops.weight_of_row(weights, row_of_slot)[:total]
         low = down_proj.low(grad_out)
         grad_hidden = down_proj.backward(grad_out, low)
@@ -320,7 +321,7 @@ class _AllGatherExperts(torch.autograd.Function):
             slot_grads = F.pad(dots, (0, 1)).index_select(0, row_of_slot.clamp(max=total)).view_as(weights)
             pending_slots = _all_to_all(slot_grads, group)
         of_down = down_proj.gradients(for_stacks[3:], hidden, grad_out, low)
-        rows = ops.sorted_rows(x, ids, row_of_slot, grad_out, total) if any(for_stacks[:3]) else None
+        rows = x if x is None or ep == ids.shape[1] else ops.sorted_rows(x, ids, row_of_slot, grad_out, total)
         of_gate_up = gate_up_proj.gradients(for_stacks[:3], rows, grad_gate_up, low_of_gate_up)
         grad_x = _sum_shares(ops, pending_grad_x.wait(), ep)[: ctx.tokens] if pending_grad_x else None
         grad_weights = pending_slots.wait().unflatten(0, (ep, -1)).sum(0)[: ctx.tokens] if pending_slots else None

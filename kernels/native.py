@@ -70,8 +70,10 @@ def weight_of_row(weights: Tensor, row_of_slot: Tensor) -> Tensor:
     ]
 
 
-def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden, grad_hidden [N, I], weight [N, 1] -> their dot products [N]; weighs both in place."""
+def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden, grad_hidden [N, I], weight [N, 1] -> their dot products [N]; grad_hidden, weighed.
+    Hidden is weighed in place, and grad_hidden may be.
+    """
     wide = working_dtype(hidden)
     dots = torch.empty_like(weight[:, 0])
     for h, g, w, dot in row_blocks(hidden, grad_hidden, weight.to(wide), dots):
@@ -79,7 +81,7 @@ def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
         dot.copy_(torch.linalg.vecdot(wide_h, wide_g))
         h.copy_(wide_h.mul_(w))
         g.copy_(wide_g.mul_(w))
-    return dots
+    return dots, grad_hidden
 
 
 def permute_backward(grad_rows: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:
@@ -249,6 +251,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 SOFTMAX_ROWS = 16  # rows of one softmax on a CPU: 16 MB in fp32 for a vocabulary of 250,000
 VOCABULARY_SLICE = 4096  # rows of the weight's gradient that are computed at once
+LOGIT_BLOCKS = 1  # a chunk's logits have so many times CHUNK_LOGITS elements
 
 
 def rows_with_label(labels: Tensor) -> Tensor:

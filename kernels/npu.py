@@ -18,6 +18,7 @@ npu = torch.ops.npu
 profiler = torch_npu.profiler  # for qwen35/device.py, which must not import torch_npu
 SEQUENCES = 1024  # per call of attention, by the operator's documentation
 VOCABULARY_SLICE = 1 << 15  # rows of the head's gradient that are scaled at once
+LOGIT_BLOCKS = 4  # a chunk's logits have so many times CHUNK_LOGITS elements; as many at once are fp32
 CAUSAL_BLOCK = 2048  # side of the compressed mask that the operator expects for any causal mask
 
 # ── Mixture of experts; slots and rows as in moe.py ───────────────────────────────────────────────
@@ -59,12 +60,16 @@ def sorted_rows(
     return npu.npu_moe_token_permute(x, topk_ids, count)[0] if topk_ids.numel() and count != 0 else x[:0]
 
 
-def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
-    """As native.weigh; weight is fp32."""
-    dots = (hidden.float() * grad_hidden).sum(-1)
+def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As native.weigh; weight is fp32. The backward of `unpermute` for tokens of one row each, in
+    their order: it reads both once, and computes in fp32.
+    """
+    if not len(hidden):
+        return weight[:, 0], grad_hidden
+    place = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)
+    grad_hidden, dots = npu.npu_moe_token_unpermute_grad(hidden, grad_hidden, place, weight)
     hidden.mul_(weight)
-    grad_hidden.mul_(weight)
-    return dots
+    return dots[:, 0], grad_hidden
 
 
 def permute_backward(grad_rows: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:
@@ -225,12 +230,22 @@ def rows_with_label(labels: Tensor) -> Tensor:
 def cross_entropy(
     hidden: Tensor, weight: Tensor, target: Tensor, scale: Tensor, need_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The operators take fp32 logits, and targets in [0, V), never negative."""
-    loss, log_prob = npu.npu_cross_entropy_loss((hidden @ weight.T).float(), target, None, "none")[:2]
-    if not need_grad:
-        return loss, None
-    grad = npu.npu_cross_entropy_loss_backward(scale, log_prob, target, None, None, None, "none")
-    return loss, grad.to(hidden.dtype)
+    """The operators take fp32 logits, and targets in [0, V), never negative.
+
+    A block of the bf16 logits at a time is turned into fp32, and replaced by its gradient. Few
+    chunks are large ones: each is added to the [V, H] fp32 gradient of the weight.
+    """
+    logits, losses = hidden @ weight.T, []
+    size = -(-len(logits) // LOGIT_BLOCKS)
+    for block, of_target, of_scale in zip(logits.split(size), target.split(size), scale.split(size), strict=True):
+        loss, log_prob = npu.npu_cross_entropy_loss(block.float(), of_target, None, "none")[:2]
+        losses.append(loss)
+        if need_grad:
+            grad = npu.npu_cross_entropy_loss_backward(of_scale, log_prob, of_target, None, None, None, "none")
+            block.copy_(grad)
+            del grad  # before the next block's
+        del log_prob
+    return torch.cat(losses), logits if need_grad else None
 
 
 def head_weight_grad(total: Tensor, grad: Tensor, hidden: Tensor, add: bool) -> None:

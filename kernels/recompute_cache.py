@@ -25,10 +25,13 @@ class RecomputeCache:
     def __init__(
         self,
         keeps_outputs: bool = False,
+        ends_with_experts: bool = False,
         pack: Callable[[Tensor], Any] = Tensor.detach,
         unpack: Callable[[Any], Tensor] = Tensor.detach,
     ) -> None:
+        """ends_with_experts: backward uses no value that depends on what the experts return."""
         self.keeps_outputs, self._pack, self._unpack = keeps_outputs, pack, unpack
+        self.ends_with_experts = ends_with_experts
         self._results: deque[Any] = deque()
         self.is_recomputing = False
 
@@ -57,6 +60,11 @@ class RecomputeCache:
         self.is_recomputing = True
         yield
         self.is_recomputing = False
+
+
+def skips_experts_output(cache: RecomputeCache | None) -> bool:
+    """Whether the layer runs a second time, only for what the experts' backward needs."""
+    return cache is not None and cache.is_recomputing and cache.ends_with_experts
 
 
 def outputs_once(cache: RecomputeCache | None, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

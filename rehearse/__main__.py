@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--imbalance", type=number(1, 1000), default=1.0, help="load of this rank's experts over the mean; default: 1")
     add("--json", action="store_true", help="add a last line: best and worst seconds of a step, bytes at the peak")
     add("--whole", action="store_true", help="run every layer, not a few for all that are alike: slower, same figures")
+    add("--operators", action="store_true", help="add the bytes through an NPU's memory, by operator and line")
     add("--scaling", action="store_true", help="print only what is sent on 16 to 1,024 NPUs")
     args = parse_words(parser, argv)
     if find_spec("torch_npu") is None:
@@ -105,6 +106,8 @@ def print_rehearsal(settings: Settings, mix: Mix, args: Namespace, rates: RateRa
         load = f"the experts of rank 0 get {args.imbalance} times the mean"
         print("every expert is chosen equally often" if args.imbalance == 1 else load)
     for line in report.lines(r, hccl, rates):
+        print(line)
+    for line in report.bytes_by_operator(r) if args.operators else ():
         print(line)
     check(r, hccl, args.memory_gb, report.remedies(r, hccl, args.memory_gb, settings, config))
     print(

@@ -88,7 +88,7 @@ class Sizes:
             (self.experts / c.expert * (gather + scatter) * (1 - 1 / fsdp), fsdp, min(fsdp, nodes)),
         ]
         if c.expert > 1:
-            times = 4 * min(self.top_k, c.expert) + (2 * min(self.top_k, c.expert) if c.recompute else 0)
+            times = (5 if c.recompute else 4) * min(self.top_k, c.expert)  # recomputed experts send nothing back
             rows = times * self.layers * tokens * self.row * (1 - 1 / c.expert)
             sent.append((rows, c.expert, max(1, c.expert // self.per_node)))
         if c.ulysses > 1:

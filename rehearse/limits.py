@@ -126,6 +126,15 @@ def _unpermute(a: SimpleNamespace) -> Problems:  # aclnnMoeTokenUnpermute.md
     )
 
 
+def _unpermute_grad(a: SimpleNamespace) -> Problems:  # aclnnMoeTokenUnpermuteGrad.md
+    grad, rows = a.grad_unpermuted_tokens, a.permuted_tokens
+    yield from _unpermute(a)
+    yield from _if(
+        (grad.dtype != rows.dtype, "the gradient's dtype is not the tokens'"),
+        (len(rows) != a.probs.numel() or grad.shape != (len(a.probs), *rows.shape[1:]), "shapes"),
+    )
+
+
 def _swiglu(a: SimpleNamespace) -> Problems:  # （beta）torch_npu-npu_swiglu.md
     x = a.input
     yield from _dtypes(FLOATS, x=x)
@@ -238,6 +247,7 @@ RULES: dict[str, Callable[[SimpleNamespace], Problems]] = {
     "npu::npu_moe_token_permute": _permute,
     "npu::npu_moe_token_permute_grad": _permute_grad,
     "npu::npu_moe_token_unpermute": _unpermute,
+    "npu::npu_moe_token_unpermute_grad": _unpermute_grad,
     "npu::npu_swiglu": _swiglu,
     "npu::npu_swiglu_backward": _swiglu_backward,
     "npu::npu_rms_norm": _norm,

@@ -42,7 +42,7 @@ def lower_bound(model: Qwen35, meshes: Meshes, settings: Settings, patches: int)
     mtp = bool(settings.model.mtp_num_layers)
     if ep > 1:
         row = (len(text.layer_types) + mtp) * tokens * text.hidden_size * itemsize
-        if ep < text.num_experts_per_tok:  # cheaper: all tokens to all ranks, and a partial sum from each
+        if ep <= text.num_experts_per_tok:  # not dearer: all tokens to all ranks, and a partial sum from each
             found["all-gather", NAMES["ep"]] += 2 * row * (ep - 1)
             found["all-to-all", NAMES["ep"]] += 2 * row * (ep - 1)
         else:

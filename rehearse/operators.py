@@ -36,15 +36,21 @@ class OperatorCounts:
     ops: Counter = field(default_factory=Counter)
     launched: int = 0  # kernels: none for a view, several for a list of tensors
     dispatched: int = 0  # units of host work: at least one an operator, views included
-    bytes_moved: int = 0  # through the device's memory, without matmuls
+    moved: Counter = field(default_factory=Counter)  # (operator, line) -> bytes through the device's memory
     bytes_copied: int = 0  # to pinned host memory
     syncs: int = 0  # the allowed ones, which read the token counts of the experts
     wrong: list[str] = field(default_factory=list)
 
+    @property
+    def bytes_moved(self) -> int:
+        """Without those of matmuls."""
+        return self.moved.total()
+
     def add(self, other: "OperatorCounts", times: int) -> None:
-        for name, count in other.ops.items():
-            self.ops[name] += count * times
-        for counter in ("launched", "dispatched", "bytes_moved", "bytes_copied", "syncs"):
+        for mine, others in (self.ops, other.ops), (self.moved, other.moved):
+            for name, count in others.items():
+                mine[name] += count * times
+        for counter in ("launched", "dispatched", "bytes_copied", "syncs"):
             setattr(self, counter, getattr(self, counter) + getattr(other, counter) * times)
         self.wrong += other.wrong * times
 
@@ -113,7 +119,8 @@ class Operators:
         before = len(counts.wrong)
         count_operator(counts, func, args, kwargs, inputs, outputs)
         counts.wrong[before:] = [f"{what} in {self.moment.phase} ({calling_line()})" for what in counts.wrong[before:]]
-        counts.bytes_moved += bytes_moved(func, args, kwargs, outputs)
+        if moved := bytes_moved(func, args, kwargs, outputs):
+            counts.moved[func.name(), calling_line()] += moved
         self.workspace = max(self.workspace, workspace(func, args, kwargs, outputs))
 
     @property

@@ -12,6 +12,7 @@ from rehearse.step_time import best_and_worst
 
 GB = 1 << 30  # the memory of an NPU is counted so
 LINES = 6  # the lines that made most of the activations
+SMALLEST = 2000  # a line with less than this part of all bytes has no row of its own
 STEP = PHASES[1:]  # set-up is not a part of the step
 TRITON = ("delta_rule::", "causal_conv1d::", "rms_norm_gated::")  # operators that launch our Triton kernels
 
@@ -70,6 +71,25 @@ def lines(r: Rehearsal, hccl: int, rates: RateRange) -> Iterator[str]:
     yield from _operators(r)
     yield from _communication(r)
     yield from _time(r, rates)
+
+
+def bytes_by_operator(r: Rehearsal) -> Iterator[str]:
+    """What moves through an NPU's memory in a step, by operator and line, the most first."""
+    phases = {phase: r.operators.by_phase[phase].moved for phase in STEP}
+    total = sum(phases.values(), Counter())
+    names = {name: sum(n for (other, _), n in total.items() if other == name) for name, _ in total}
+    width = max(len(f"{name} {line}") for name, line in total) + 4
+
+    def row(what: str, sizes: list[int]) -> str:
+        return f"{what:{width}}" + "".join(f"{size / 1e9:11.1f}" for size in (*sizes, sum(sizes)))
+
+    yield f"{'GB through memory, without matmuls':{width}}" + "".join(f"{name:>11}" for name in (*STEP, "step"))
+    yield row("all", [moved.total() for moved in phases.values()])
+    for name in sorted(names, key=names.__getitem__, reverse=True):
+        yield row(name, [sum(n for (o, _), n in moved.items() if o == name) for moved in phases.values()])
+        for (other, line), size in total.most_common():
+            if other == name and size * SMALLEST >= total.total():
+                yield row(f"  {line}", [moved[name, line] for moved in phases.values()])
 
 
 def hccl_bytes(r: Rehearsal, megabytes: int) -> int:

@@ -235,8 +235,8 @@ def _rehearse(
 def _recomputed(whole: Qwen35, settings: Settings, batches: list[PackedBatch]) -> float:
     """The layers' forward FLOPs once more, and the vision tower's if it is trained; freezes all.
 
-    The selective kind repeats a little less: not the scores, nor the delta rule. An adapter's B
-    counts twice, which is a few thousandths.
+    In fact less is repeated: not the experts' down projections, and by the selective kind neither
+    the scores nor the delta rule. An adapter's B counts twice, which is a few thousandths.
     """
     if not settings.parallel.recompute:
         return 0.0

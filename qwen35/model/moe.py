@@ -71,7 +71,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, cache: RecomputeCache | None = None) -> Tensor:
         """x [T, H]; ids [T, K] of experts, weights [T, K] of theirs -> [T, H]"""
-        return self.kernel(x, ids, weights, self.gate_up_proj, self.down_proj, adapters=self.adapters())
+        stacks = self.gate_up_proj, self.down_proj
+        return self.kernel(x, ids, weights, *stacks, adapters=self.adapters(), recompute_cache=cache)
 
     def add_adapter(self, stack: str, r: int, scale: float) -> None:
         """One for each expert, of the frozen weight `<stack>_proj`; undefined until loaded."""

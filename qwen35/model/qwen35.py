@@ -110,7 +110,8 @@ class LanguageModel(nn.Module):
             if not self.recompute:
                 return layer(*inputs, None)
             storage = (stash.pack, stash.unpack) if stash else ()
-            cache = RecomputeCache(self.recompute == "selective", *storage)
+            is_layer = isinstance(layer, DecoderLayer)  # multi-token prediction normalizes what its layer returns
+            cache = RecomputeCache(self.recompute == "selective", is_layer, *storage)
             # layers draw no random numbers, so the RNG state need not be saved
             checkpointed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=cache.contexts)
             return checkpointed(layer, *inputs, cache)

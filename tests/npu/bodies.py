@@ -62,6 +62,22 @@ def moe_token_unpermute(permuted_tokens, sorted_indices, probs=None, padded_mode
     return out.to(permuted_tokens.dtype)
 
 
+def moe_token_unpermute_grad(
+    permuted_tokens, grad_unpermuted_tokens, sorted_indices, probs=None, padded_mode=False, restore_shape=None
+):
+    """With row r = sortedIndices[i * topK + j]: permutedTokensGrad[r] = grad[i] * probs[i][j], and
+    probsGrad[i][j] is the sum of permutedTokens[r] * grad[i] over the hidden axis.
+    """
+    assert probs is not None and not padded_mode and restore_shape is None
+    grad_rows, grad_probs = torch.empty_like(permuted_tokens), torch.empty_like(probs)
+    for i in range(probs.shape[0]):
+        for j in range(probs.shape[1]):
+            row, grad = int(sorted_indices[i * probs.shape[1] + j]), grad_unpermuted_tokens[i].float()
+            grad_rows[row] = (grad * probs[i, j].float()).to(grad_rows.dtype)
+            grad_probs[i, j] = (permuted_tokens[row].float() * grad).sum().to(probs.dtype)
+    return grad_rows, grad_probs
+
+
 def grouped_matmul(x, weight, *, group_list=None, split_item=0, group_type=None, group_list_type=0, **others):
     """group_type 0: rows in groups, y_i = x_i @ weight_i. 2: the inner axis in groups, x
     transposed, y [groups, m, n].
@@ -283,6 +299,7 @@ BODIES = {
     "npu_moe_token_permute": moe_token_permute,
     "npu_moe_token_permute_grad": moe_token_permute_grad,
     "npu_moe_token_unpermute": moe_token_unpermute,
+    "npu_moe_token_unpermute_grad": moe_token_unpermute_grad,
     "npu_grouped_matmul": grouped_matmul,
     "npu_alltoallv_gmm": alltoallv_gmm,
     "npu_gmm_alltoallv": gmm_alltoallv,

@@ -120,6 +120,22 @@ CALLS = {  # operator -> (valid arguments, [(change, message)])
             ({"sorted_indices": ints(12, dtype=torch.int64)}, "sorted_indices is"),
         ],
     ),
+    npu.npu_moe_token_unpermute_grad: (
+        {
+            "permuted_tokens": of(12, 4),
+            "grad_unpermuted_tokens": of(6, 4),
+            "sorted_indices": ints(12),
+            "probs": of(6, 2, dtype=torch.float32),
+        },
+        [
+            ({"permuted_tokens": of(12, 4, dtype=torch.int8)}, "permuted_tokens is torch.int8"),
+            ({"grad_unpermuted_tokens": of(6, 4).float()}, "the gradient's dtype"),
+            ({"grad_unpermuted_tokens": of(12, 4)}, "shapes"),
+            ({"permuted_tokens": of(11, 4)}, "shapes"),
+            ({"probs": of(6, 2, dtype=torch.float64)}, "probs is"),
+            ({"sorted_indices": ints(12, dtype=torch.int64)}, "sorted_indices is"),
+        ],
+    ),
     npu.npu_swiglu: (
         {"input": of(6, 8)},  # rows of 16 bytes
         [

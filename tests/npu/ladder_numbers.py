@@ -163,7 +163,7 @@ def test_primitives_of_the_experts(tokens, dtype, tolerance):
     of_token = grads[place.long()].double().view(tokens, 2, 16).sum(1)
     assert error(npu.permute_backward(grads, place, 2), of_token) <= tolerance
     mine, its = rows.clone(), grads.clone()
-    dots = npu.weigh(mine, its, weight)
+    dots, its = npu.weigh(mine, its, weight)
     assert dots.dtype == weight.dtype and error(dots, (rows.double() * grads.double()).sum(-1)) <= tolerance
     for weighed, plain in ((mine, rows), (its, grads)):
         assert weighed.dtype == dtype and error(weighed, plain.double() * weight) <= tolerance
@@ -184,7 +184,7 @@ def test_primitives_of_the_experts_without_tokens():
     rows, place, ends = npu.permute(torch.randn(0, 16), torch.zeros(0, 2, dtype=torch.long), 8)
     assert rows.shape == (0, 16) and place.shape == (0,) and ends.tolist() == [0] * 8
     assert npu.permute_backward(rows, place, 2).shape == npu.unpermute(rows, place, torch.zeros(0, 2)).shape == (0, 16)
-    assert npu.weigh(rows, rows, torch.zeros(0, 1)).shape == (0,)
+    assert [x.shape for x in npu.weigh(rows, rows, torch.zeros(0, 1))] == [(0,), (0, 16)]
     assert npu.sorted_rows(rows, torch.zeros(0, 2, dtype=torch.long), place).shape == (0, 16)
     assert npu.grouped_matmul(rows, torch.randn(8, 16, 12), ends).shape == (0, 12)
     assert not npu.grouped_weight_grad(rows, torch.randn(0, 12), ends).any()

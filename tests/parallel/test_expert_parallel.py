@@ -25,8 +25,14 @@ INPUTS = ("x", "weights", "gate_up_proj", "down_proj")
 ADAPTERS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
 E, H, INNER, RANK, SCALE = 8, 16, 24, 8, 1.7
 SPREAD, ONE_RANK, IDLE = "all experts", "the experts of one rank", "every third expert"
-# ep, top_k; with ep < top_k tokens are all-gathered
-WAYS = {"all-to-all, 4": (4, 2), "all-to-all, 2": (2, 2), "all-gather, 4": (4, 5), "all-gather, 2": (2, 3)}
+# ep, top_k; with ep <= top_k tokens are all-gathered
+WAYS = {
+    "all-to-all, 4": (4, 2),
+    "all-to-all, 2": (2, 1),
+    "all-gather, 4": (4, 5),
+    "all-gather, 2": (2, 3),
+    "all-gather, as many": (4, 4),
+}
 TOKENS = {  # per rank
     "equal": ([12, 12, 12, 12], SPREAD),
     "unequal": ([1, 7, 30, 3], SPREAD),
@@ -212,6 +218,16 @@ def traffic(way: str, adapters: tuple[str, ...], rank: int, pair: dist.ProcessGr
         found["second run"] = watch.seen
     found["waits of two runs"] = len(waited)
     found["same"] = torch.equal(y, again) and all(torch.equal(t.grad, g) for t, g in zip(trained, grads, strict=True))
+    for t in parts:
+        t.grad = None
+    ends_here = RecomputeCache(ends_with_experts=True)
+    with Watch() as watch:
+        last = checkpoint(layer, ends_here, *parts, use_reentrant=False, context_fn=ends_here.contexts)
+        watch.seen = []
+        last.backward(probe[mine])
+        found["second run of the last"] = watch.seen
+    alike = torch.equal(y, last) and all(torch.equal(t.grad, g) for t, g in zip(trained, grads, strict=True))
+    found["the same where nothing follows"] = alike
     return found
 
 
@@ -252,7 +268,7 @@ def test_bytes_sent(found, way, adapters):
     ep, top_k = WAYS[way]
     for rank, its in enumerate(found[rank]["traffic"][way, adapters] for rank in range(4)):
         counts = "alltoall_base_", torch.int64, (ep - 1) * (E // ep + 1) * 8
-        if ep >= top_k:  # rows to other ranks' experts, and rows back to other ranks
+        if ep > top_k:  # rows to other ranks' experts, and rows back to other ranks
             name, away, others = "alltoall_base_", its["away"], its["of others"]
             forward = [(name, torch.bfloat16, away * H * 2), (name, torch.bfloat16, others * H * 2)]
             backward = [(name, torch.float32, away * 4), *forward, (name, torch.float32, others * 4)]
@@ -267,11 +283,12 @@ def test_bytes_sent(found, way, adapters):
             assert 0 < rows <= top_k * 12 * H * 2
         sent = {
             when: [(name, dtype, size) for name, _, dtype, size in its[when]]
-            for when in ("forward", "backward", "first run", "second run")
+            for when in ("forward", "backward", "first run", "second run", "second run of the last")
         }
         assert sent["forward"] == sent["first run"] == [counts, *forward], rank
         assert sent["backward"] == backward, rank
         assert sent["second run"] == [*forward, *backward], rank  # without a second exchange of counts
+        assert sent["second run of the last"] == [*forward[:-1], *backward], rank  # nor of what the experts return
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -279,7 +296,7 @@ def test_bytes_sent(found, way, adapters):
 def test_a_recomputed_layer_syncs_once(found, way, adapters):
     for its in (found[rank]["traffic"][way, adapters] for rank in range(4)):
         assert its["waits"] == its["waits of two runs"] == 1
-        assert its["same"]
+        assert its["same"] and its["the same where nothing follows"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -292,9 +309,9 @@ def test_backward_saves_little(found, way, adapters):
     ep, top_k = WAYS[way]
     for its in (found[rank]["traffic"][way, adapters] for rank in range(4)):
         tokens = its["rows"] if ep >= top_k else ep * 12
-        choices = 12 * top_k * (1 if ep >= top_k else ep)  # row_of_slot, weights and the gathered ids
-        own = 8 + (4 if ep < top_k else 0)
-        rest = 8 * its["rows"] if ep >= top_k else 8 * E // ep  # the regroup indices, or where each expert's rows end
+        choices = 12 * top_k * (1 if ep > top_k else ep)  # row_of_slot, weights and the gathered ids
+        own = 8 + (4 if ep <= top_k else 0)
+        rest = 8 * its["rows"] if ep > top_k else 8 * E // ep  # the regroup indices, or where each expert's rows end
         tokens *= adapters != ADAPTERS[2:]
         assert its["saved"] == tokens * H * 2 + its["rows"] * 2 * INNER * 2 + choices * own + rest
 

@@ -338,7 +338,7 @@ def test_bytes_between_nodes():
 def test_best_and_worst_time_of_a_step():
     """At peak rates one second of arithmetic and half a second of memory; then a collective."""
     operators, communication = Operators(), SimpleNamespace(traffic={})
-    operators.seen[Moment("forward")].bytes_moved = int(0.5 * BEST.memory)
+    operators.seen[Moment("forward")].moved["aten::add", "a line"] = int(0.5 * BEST.memory)
     operators.seen[Moment("backward")].dispatched = 1000
     flops = BEST.flops, 0.0, BEST.flops
     r = Rehearsal(16, 16, 0, Ledger("cpu"), operators, communication, {}, *flops, 0)  # type: ignore[arg-type]

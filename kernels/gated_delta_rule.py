@@ -286,12 +286,16 @@ def _backward_step(
 
     d_beta = (d_update * error).sum(-1) + (d_kk * c.kk).sum(-1)
     d_kk = d_kk.mul_(c.beta)
-    through_decay = d_kk * c.kk + d_qk * c.qk  # [B, C, C]
+    # The gradient of g_t is a sum over what decays by it: what tokens from t on read of the
+    # entering state, what is left of that state in the end, and what tokens before t write and
+    # tokens from t on, or the leaving state, read. Nothing cancels in it, as row and column sums of
+    # one matrix would for the gradient of b: those of closed gates would drown in their rounding.
     q_part, k_part = (d_qk_start * c.qk_start).sum(-1).split(CHUNK_SIZE, dim=1)
-    end_part = (d_k_end * c.k_end).sum(-1)  # [B, C]
-    d_cum = through_decay.sum(-1) - through_decay.sum(-2) + q_part + k_part - end_part
-    d_cum[:, -1] += end_part.sum(-1) + (entering * grad_state).sum((-1, -2)) * c.chunk_decay.flatten()
-    d_g = d_cum.flip(-1).cumsum(-1).flip(-1)
+    d_g = (q_part + k_part).flip(-1).cumsum(-1).flip(-1)  # [B, C]
+    d_g += ((entering * grad_state).sum((-1, -2)) * c.chunk_decay.flatten())[:, None]
+    in_chunk = (d_kk * c.kk).addcmul_(d_qk, c.qk)  # [B, C, C] by reader i, writer j
+    written = in_chunk.cumsum(-1).tril_(-1).sum(-2) + (d_k_end * c.k_end).sum(-1).cumsum(-1)
+    d_g[:, 1:] += written[:, :-1]
 
     d_qk, d_kk = (c.by_k_head(x.mul_(c.decay)).sum(1) for x in (d_qk, d_kk))  # [n * Hk, C, C]
     d_q_start, d_k_start = (

@@ -1,8 +1,10 @@
 """The last part of the gated delta rule's backward: each chunk's gradients of q, k, v, g and beta.
 
-The gradient of b, the running sum of g, is row sums minus column sums of the same matrices. The
-columns are summed as rows of the transposed product with the same rounding, so that equal terms
-cancel exactly; the diagonal, which always cancels, is left out. Names as in gated_delta_rule.py.
+The gradient of g_t is a sum over what decays by it: what tokens from t on read of the entering
+state, what is left of that state in the end, and what tokens before t write and tokens from t on,
+or the leaving state, read. Nothing cancels in it, as row and column sums of one matrix would for
+the gradient of b, the running sum of g: those of closed gates would drown in their rounding.
+Names as in gated_delta_rule.py.
 """
 
 import triton
@@ -17,9 +19,10 @@ def gradients(
     scale, count_chunks, q_stride, k_stride, v_stride,
     Hk: tl.constexpr, Hv: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Writes grad_v [T, Hv, Dv]; grad_q, grad_k [T, Hv, Dk] per V head; grad_gates [N, Hv, 3, C].
+    """Writes grad_v [T, Hv, Dv]; grad_q, grad_k [T, Hv, Dk] per V head; grad_gates [N, Hv, 4, C].
 
-    grad_gates: of b without the last token's share, of beta, and `end`, the addends of that share.
+    grad_gates: each token's reads of the entering state, the gradient of beta, each token's writes
+    that leave the chunk, and the writes before a token that are read from it on.
     A task is a chunk and a V head.
     """
     row, position = tl.arange(0, C), tl.arange(0, C).to(tl.float32)
@@ -31,7 +34,7 @@ def gradients(
         q_norm, k_norm = load_pair(norms, tl.cast(chunk, tl.int64) * Hk + k_head, C)
         from_start = tl.exp(cum)
         to_end = tl.exp(tl.load(gates + tl.cast(task, tl.int64) * (2 * C) + C - 1) - cum)
-        first = grad_gates + tl.cast(task, tl.int64) * (3 * C)
+        first = grad_gates + tl.cast(task, tl.int64) * (4 * C)
         q_tile = load_rows(q, start, count, q_stride, k_head * Dk, C, Dk)
         k_tile = load_rows(k, start, count, k_stride, k_head * Dk, C, Dk)
         v_tile = load_rows(v, start, count, v_stride, v_head * Dv, C, Dv).to(tl.float32)
@@ -45,29 +48,31 @@ def gradients(
         value = tl.dot(solved, (error * rate[:, None]).to(k_tile.dtype))
         values = value.to(k_tile.dtype)
         from_end = tl.dot(k_tile, leaving) * (k_norm * to_end)[:, None]
-        end = tl.sum(value * from_end, axis=1)
-        tl.store(first + 2 * C + row, end)
+        tl.store(first + 2 * C + row, tl.sum(value * from_end, axis=1))
         kq = tl.dot(k_tile, tl.trans(q_tile)) * k_norm[:, None] * (q_norm * scale)[None, :] * decay_transposed(cum, C)
         d_value = from_end + tl.dot(kq.to(k_tile.dtype), d_out)
         d_update = tl.dot(tl.trans(solved), d_value.to(k_tile.dtype))
         d_v = d_update * rate[:, None]
         store_rows(grad_v, d_v, start, count, Hv * Dv, v_head * Dv, C, Dv)
-        d_cum = 0.0 - end - tl.sum(d_v * predicted, axis=1)
+        reads = 0.0 - tl.sum(d_v * predicted, axis=1)
 
         # the negative of A's gradient below the diagonal; above it, its transpose
         updates = d_update.to(k_tile.dtype)
         below = tl.where(position[:, None] > position[None, :], tl.dot(updates, tl.trans(values)) * decay(cum, C), 0.0)
         kk = tl.dot(k_tile, tl.trans(k_tile)) * k_norm[:, None] * k_norm[None, :]
-        d_rate = tl.sum(below * kk, axis=1)
-        tl.store(first + C + row, tl.sum(d_update * error, axis=1) - d_rate)
+        tl.store(first + C + row, tl.sum(d_update * error, axis=1) - tl.sum(below * kk, axis=1))
         above = tl.dot(values, tl.trans(updates)) * decay_transposed(cum, C)
         above = tl.where(position[:, None] < position[None, :], above * rate[None, :], 0.0)
-        d_cum += tl.sum(above * kk, axis=1) - d_rate * rate
         d_kk = (below * rate[:, None] + above) * k_norm[None, :]
         d_k = tl.dot(values, tl.trans(leaving)) * to_end[:, None] - tl.dot(d_kk.to(k_tile.dtype), k_tile)
         d_k -= tl.dot(d_v.to(k_tile.dtype), tl.trans(state)) * from_start[:, None]
         d_kq = tl.dot(values, tl.trans(d_out))
-        d_cum -= tl.sum(tl.where(position[:, None] < position[None, :], d_kq * kq, 0.0), axis=1)
+        # row: writer, column: reader; then the sums over the writers before t, in row t
+        in_chunk = tl.where(position[:, None] < position[None, :], d_kq * kq, 0.0) - above * kk
+        before = tl.where(position[:, None] > position[None, :], 1.0, 0.0)
+        written = tl.dot(before, in_chunk, input_precision="ieee")
+        written = tl.where(position[:, None] <= position[None, :], written, 0.0)
+        tl.store(first + 3 * C + row, tl.sum(written, axis=1))
         d_kq = d_kq * decay_transposed(cum, C) * (q_norm * scale)[None, :]
         d_k += tl.dot(d_kq.to(k_tile.dtype), q_tile)
         unit_k = k_tile.to(tl.float32) * k_norm[:, None]
@@ -76,9 +81,7 @@ def gradients(
 
         from_state = tl.dot(q_tile, state) * (q_norm * scale * from_start)[:, None]
         d_qk = tl.dot(d_out, tl.trans(values)) * decay(cum, C) * k_norm[None, :]
-        qk = tl.dot(q_tile, tl.trans(k_tile)) * (q_norm * scale)[:, None]
-        d_cum += tl.sum(tl.where(position[:, None] > position[None, :], d_qk * qk, 0.0), axis=1)
-        tl.store(first + row, d_cum + tl.sum(d_out.to(tl.float32) * from_state, axis=1))
+        tl.store(first + row, reads + tl.sum(d_out.to(tl.float32) * from_state, axis=1))
         d_q = tl.dot(d_out, tl.trans(state)) * from_start[:, None] + tl.dot(d_qk.to(k_tile.dtype), k_tile)
         unit_q = q_tile.to(tl.float32) * q_norm[:, None]
         d_q = (d_q - unit_q * tl.sum(d_q * unit_q, axis=1)[:, None]) * (q_norm * scale)[:, None]
@@ -101,14 +104,16 @@ def finish(
     for chunk in range(tl.program_id(0), count_chunks, tl.num_programs(0)):
         start, count = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1)
         index = tl.cast(chunk, tl.int64) * Hv
-        first = grad_gates + index * (3 * C) + head[:, None] * (3 * C) + row[None, :]
-        end = tl.sum(tl.load(first + 2 * C, mask=exists, other=0.0), axis=1)
+        first = grad_gates + index * (4 * C) + head[:, None] * (4 * C) + row[None, :]
+        left = tl.zeros([HEADS], dtype=tl.float32)
         for block in tl.static_range(PARTS // Dk):
             state_parts = through + index * PARTS + head[:, None] * PARTS + (block * Dk + part)[None, :]
-            end += tl.sum(tl.load(state_parts, mask=exists, other=0.0), axis=1)
-        d_cum = tl.load(first, mask=exists, other=0.0)  # [HEADS, C]
+            left += tl.sum(tl.load(state_parts, mask=exists, other=0.0), axis=1)
+        reads = tl.load(first, mask=exists, other=0.0)  # [HEADS, C]
         # the sum from each token to the last, as the total minus the sum before it
-        d_g = (tl.sum(d_cum, axis=1) + end)[:, None] + d_cum - tl.cumsum(d_cum, axis=1)
+        d_g = (tl.sum(reads, axis=1) + left)[:, None] + reads - tl.cumsum(reads, axis=1)
+        leaving_before = tl.load(first + 2 * C - 1, mask=exists & (row > 0)[None, :], other=0.0)
+        d_g += tl.cumsum(leaving_before, axis=1) + tl.load(first + 3 * C, mask=exists, other=0.0)
         out = tl.cast(start, tl.int64) * Hv + row[:, None] * Hv + head[None, :]
         mask = (row < count)[:, None] & (head < Hv)[None, :]
         tl.store(grad_g + out, tl.trans(d_g), mask=mask)

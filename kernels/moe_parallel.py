@@ -286,16 +286,17 @@ class _AllGatherExperts(torch.autograd.Function):
         rows, row_of_slot, ends = ops.permute(pending_x.wait(), all_ids, local, total)
         gate_up_proj, down_proj = projections(ops, ends, options.scale, stacks)
         gate_up = gate_up_proj.forward(rows)  # [N, 2I]
-        # the rows are no more than the tokens of all ranks if ep = K
-        saved_x = (rows if ep == ids.shape[1] else pending_x.received) if any(ctx.needs_input_grad[4:7]) else None
+        # one recomputed layer at a time keeps its rows; if ep = K they are no more than the tokens
+        ctx.has_rows = ep == ids.shape[1] or options.recompute_cache is not None
+        saved_x = (rows if ctx.has_rows else pending_x.received) if any(ctx.needs_input_grad[4:7]) else None
         del rows, pending_x
         all_weights = choices[:, 1].to(weights.dtype).contiguous()  # a copy, so that `choices` is freed
         ctx.save_for_backward(all_ids, all_weights, saved_x, gate_up, row_of_slot, ends, *stacks)
         ctx.options, ctx.total, ctx.tokens = options, total, len(x)
         if skips_experts_output(options.recompute_cache):
             return torch.empty_like(x)
-        out = down_proj.forward(ops.swiglu(gate_up))  # [N, H]
-        shares = ops.unpermute(out, row_of_slot, all_weights)  # [ep * max_tokens, H]
+        # [ep * max_tokens, H], from the rows' outputs [N, H]
+        shares = ops.unpermute(down_proj.forward(ops.swiglu(gate_up)), row_of_slot, all_weights)
         y = _sum_shares(ops, _all_to_all(shares, group).wait(), ep)
         return y if len(y) == len(x) else y[: len(x)].clone()  # FSDP2 warns if a unit returns a view
 
@@ -314,14 +315,14 @@ class _AllGatherExperts(torch.autograd.Function):
         low_of_gate_up = gate_up_proj.low(grad_gate_up)
         pending_grad_x = pending_slots = None
         if need_x:
-            grad_rows = gate_up_proj.backward(grad_gate_up, low_of_gate_up)
-            pending_grad_x = _all_to_all(ops.unpermute(grad_rows, row_of_slot, torch.ones_like(weights)), group)
-            del grad_rows
+            ones = torch.ones_like(weights)
+            shares = ops.unpermute(gate_up_proj.backward(grad_gate_up, low_of_gate_up), row_of_slot, ones)
+            pending_grad_x = _all_to_all(shares, group)
         if need_weights:  # each slot has its row on one rank; the other ranks send zeros
             slot_grads = F.pad(dots, (0, 1)).index_select(0, row_of_slot.clamp(max=total)).view_as(weights)
             pending_slots = _all_to_all(slot_grads, group)
         of_down = down_proj.gradients(for_stacks[3:], hidden, grad_out, low)
-        rows = x if x is None or ep == ids.shape[1] else ops.sorted_rows(x, ids, row_of_slot, grad_out, total)
+        rows = x if x is None or ctx.has_rows else ops.sorted_rows(x, ids, row_of_slot, grad_out, total)
         of_gate_up = gate_up_proj.gradients(for_stacks[:3], rows, grad_gate_up, low_of_gate_up)
         grad_x = _sum_shares(ops, pending_grad_x.wait(), ep)[: ctx.tokens] if pending_grad_x else None
         grad_weights = pending_slots.wait().unflatten(0, (ep, -1)).sum(0)[: ctx.tokens] if pending_slots else None

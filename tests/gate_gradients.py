@@ -28,7 +28,8 @@ SETTINGS = {
 }
 ALIKE = 0.05  # how far tokens that are alike are from each other: then most of each gradient cancels
 # (dtype, whether tokens are alike). Not both bf16 and alike, where most of what each token writes
-# cancels too: matmuls of bf16 numbers, which transformers does not use, then are up to 7 times as far off
+# cancels too: with matmuls of bf16 numbers, which transformers does not use, errors are then up to
+# 7 times as large
 CASES = {
     "fp32": (torch.float32, False),
     "fp32, tokens alike": (torch.float32, True),

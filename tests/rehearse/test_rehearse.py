@@ -458,7 +458,7 @@ def test_recipes_of_the_family_differ_from_their_base_alone_where_they_must(fold
             assert changed <= {
                 "data.dataset_param.basic_parameters.cutoff_len", "parallel.ulysses_parallel_size", "training.optimizer",
                 "training.save", "training.micro_batch_size", "training.gradient_accumulation_steps",
-                "training.save_interval", "parallel.expert_parallel_size", "parallel.activation_offload",
+                "training.save_interval", "parallel.expert_parallel_size", "parallel.fully_shard_parallel_size",
             }  # fmt: skip
         else:
             old, name = ("Q" + stem[1:].replace("_", ".", 1).replace("_", "-") for stem in (base.stem, path.stem))

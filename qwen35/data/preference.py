@@ -65,6 +65,13 @@ def pair_turns(raw: Mapping[str, Any], names: FieldNames, source: str) -> tuple[
     return (good, turns), (bad, others)
 
 
+def is_scored_otherwise(raw: Mapping[str, Any]) -> bool:
+    """Whether a record's scores do not prefer the chosen answer."""
+    forms = ("{}_score", "{}_rating", "score_{}", "rating_{}")
+    scores = ([raw.get(form.format(side)) for side in ("chosen", "rejected")] for form in forms)
+    return any(all(isinstance(score, int | float) for score in both) and both[0] <= both[1] for both in scores)
+
+
 def _turns(value: Any, role: str, where: str) -> list[Any]:
     """A list of turns, one turn, or the text of one."""
     turn = {"role": role, "content": value} if isinstance(value, str) else value

@@ -68,8 +68,10 @@ def pair_turns(raw: Mapping[str, Any], names: FieldNames, source: str) -> tuple[
 def is_scored_otherwise(raw: Mapping[str, Any]) -> bool:
     """Whether a record's scores do not prefer the chosen answer."""
     forms = ("{}_score", "{}_rating", "score_{}", "rating_{}")
-    scores = ([raw.get(form.format(side)) for side in ("chosen", "rejected")] for form in forms)
-    return any(all(isinstance(score, int | float) for score in both) and both[0] <= both[1] for both in scores)
+    for good, bad in ([raw.get(form.format(side)) for side in ("chosen", "rejected")] for form in forms):
+        if isinstance(good, int | float) and isinstance(bad, int | float) and good <= bad:
+            return True
+    return False
 
 
 def _turns(value: Any, role: str, where: str) -> list[Any]:

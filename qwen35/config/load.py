@@ -224,7 +224,7 @@ def _check_value(path: str, value: Any) -> None:
             _check_value(f"{path}.{name}" if isinstance(value, dict) else f"{path}[{name}]", part)
     elif isinstance(value, int) and abs(value) >= 2**63:
         raise SettingError(f"{path}: {value} is too large")
-    elif isinstance(value, str) and (not value or "\0" in value):
+    elif isinstance(value, str) and (value in ("", "None", "none") or "\0" in value):
         raise SettingError(f"{path}: {value!r} names nothing; leave it out, or set it")
     elif isinstance(value, str) and not path.startswith(NO_PATHS) and (found := OF_A_SHELL.search(value)):
         what = f"{found[1] or found[2]} is not expanded here, it would be a folder of that name"

@@ -30,6 +30,7 @@ RECORD, TURN = "record", "turn of a record"  # what has the fields that attr nam
 
 COUNTED = {  # kind of warning -> (noun, words for one, words for several, what follows)
     "empty": ("answer", "is", "are", "empty"),
+    "scores": ("pair", "has", "have", "no higher score of the chosen answer than of the rejected one"),
     "literal": ("placeholder", "(<image>, <video>) is", "(<image>, <video>) are", "kept as text"),
     "unfilled": ("placeholder", "(<bbox>, <ref-object>) is", "(<bbox>, <ref-object>) are",
         "kept as text, in records without objects"),
@@ -198,7 +199,7 @@ class DataWarnings:
                 continue
             if turn.role == "assistant":
                 tags += "<tool_call>" in content
-                empty += not turn.tool_calls and (not content or content.isspace())
+                empty += not (turn.tool_calls or content.rpartition("</think>")[2].strip())
             elif turn.role == "tool":
                 tags += "<tool_response>" in content
         for kind, count in (("empty", empty), ("tags", tags), ("pixels", pixels)):

@@ -11,7 +11,7 @@ from qwen35.config.schema import Attr, Settings, dataset_entries
 from qwen35.data.background import background_loader
 from qwen35.data.collator import check_agreement, check_patch_bucket, collate, vision_spec
 from qwen35.data.dataset import Dataset, Decoded, Sample
-from qwen35.data.files import ignored_sizes, longest_context
+from qwen35.data.files import ignored_sizes, longest_context, longest_text
 from qwen35.data.image_processor import CONFIG
 from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import PackedSequences, moved_forward
@@ -69,7 +69,9 @@ class MicroBatches:
             ),
             *serving_notes(settings, self.dataset),
         ]
-        self._beyond = _beyond_context(settings.model.model_name_or_path, self.dataset.sample_lengths)
+        self._beyond = _beyond_context(
+            settings.model.model_name_or_path, settings.tokenizer_dir, self.dataset.sample_lengths
+        )
         first = mixture.epoch(0)
         if not len(first):
             raise SettingError(f"{dataset_name(basic.dataset)}: the weights leave no sample for an epoch; raise one")
@@ -140,16 +142,20 @@ def size_warnings(folder: str, preparation: Preparation, images: int, videos: in
     return [f"{line}; {advice}" for line in lines if line]
 
 
-def _beyond_context(folder: str, lengths: np.ndarray) -> list[str]:
-    """A line if samples are longer than the texts that the model is made for."""
-    limit = longest_context(folder)
-    if not (count := int((lengths > limit).sum())):
-        return []
-    line = (
-        f"{number_of(count, 'sample')} of more than {limit:,.0f} tokens, which max_position_embeddings of {folder}/config.json "
-        "allows: the model never learned such positions, and servers refuse them; extend it (YaRN), or lower cutoff_len"
+def _beyond_context(folder: str, tokenizer: str, lengths: np.ndarray) -> list[str]:
+    """A line if samples are longer than texts that the model is made for, or that vLLM takes."""
+    learned = (
+        f"max_position_embeddings of {folder}/config.json allows: the model never learned such positions, and servers "
+        "refuse them; extend it (YaRN), or lower cutoff_len"
     )
-    return [line]
+    served = (
+        f"model_max_length of {tokenizer}/tokenizer_config.json allows, and vLLM takes no longer texts; raise it there "
+        "before you export, or lower cutoff_len"
+    )
+    limits = (longest_context(folder), learned), (longest_text(tokenizer), served)
+    limit, allowed = min(limits, key=lambda entry: entry[0])
+    count = int((lengths > limit).sum())
+    return [f"{number_of(count, 'sample')} of more than {limit:,.0f} tokens, which {allowed}"] if count else []
 
 
 def _shares(dataset: Dataset, epoch: np.ndarray) -> str:

@@ -72,6 +72,12 @@ def longest_context(folder: str | Path) -> float:
     return max(most, trained * factor) or float("inf")
 
 
+def longest_text(folder: str | Path) -> float:
+    """How many tokens a tokenizer_config.json allows a text, as vLLM reads it; infinity if any."""
+    value = read_config(folder, "tokenizer_config.json").get("model_max_length")
+    return value if isinstance(value, int | float) and value > 0 else float("inf")
+
+
 def read_chat_template(folder: str | Path) -> tuple[str, str] | None:
     """A model folder's chat template and the file that holds it, or None. Raises SettingError.
 

@@ -28,7 +28,7 @@ from qwen35.data.data_warnings import DataWarnings, unread_visuals
 from qwen35.data.fields import FieldNames, is_nothing
 from qwen35.data.grounding import literal_tags, with_objects
 from qwen35.data.media import ImageFolder
-from qwen35.data.preference import Side, pair_turns, paired
+from qwen35.data.preference import Side, is_scored_otherwise, pair_turns, paired
 from qwen35.data.readers import read_values
 from qwen35.data.record import (
     IMAGE_PLACEHOLDER,
@@ -116,6 +116,8 @@ def parse_record(
         _conversation(raw, rejected, source, names, parsers[1], counts[1], answered),
     )
     warnings.count_once(counts)
+    if is_scored_otherwise(raw):
+        warnings.count("scores", 1, source)
     return pair
 
 

@@ -65,6 +65,15 @@ def pair_turns(raw: Mapping[str, Any], names: FieldNames, source: str) -> tuple[
     return (good, turns), (bad, others)
 
 
+def is_scored_otherwise(raw: Mapping[str, Any]) -> bool:
+    """Whether a record's scores do not prefer the chosen answer."""
+    forms = ("{}_score", "{}_rating", "score_{}", "rating_{}")
+    for good, bad in ([raw.get(form.format(side)) for side in ("chosen", "rejected")] for form in forms):
+        if isinstance(good, int | float) and isinstance(bad, int | float) and good <= bad:
+            return True
+    return False
+
+
 def _turns(value: Any, role: str, where: str) -> list[Any]:
     """A list of turns, one turn, or the text of one."""
     turn = {"role": role, "content": value} if isinstance(value, str) else value

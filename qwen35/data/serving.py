@@ -17,6 +17,7 @@ from qwen35.data.files import read_chat_template, read_config
 from qwen35.data.style import DEFAULT_EFFORT, thinks_by_default
 from qwen35.data.template import EMPTY_THOUGHT, IM_END
 from qwen35.errors import SettingError
+from qwen35.wording import number_of
 
 OPEN_THOUGHT = EMPTY_THOUGHT[: EMPTY_THOUGHT.index("\n") + 1]  # as a prompt ends that asks for a thought
 GENERATION_CONFIG, MODEL_CONFIG = "generation_config.json", "config.json"
@@ -24,7 +25,8 @@ GENERATION_CONFIG, MODEL_CONFIG = "generation_config.json", "config.json"
 
 def serving_notes(settings: Settings, dataset: Dataset) -> list[str]:
     """Raises SettingError."""
-    return [line for line in (_other_prompts(settings, dataset), _other_ends(settings, dataset)) if line]
+    finders = (_other_prompts, _other_ends, _cut_answers)
+    return [line for find in finders if (line := find(settings, dataset))]
 
 
 def _other_prompts(settings: Settings, dataset: Dataset) -> str | None:
@@ -87,6 +89,19 @@ def _other_ends(settings: Settings, dataset: Dataset) -> str | None:
         f"answers are trained to end with {IM_END}, where {who} not stop by {folder}/{GENERATION_CONFIG}: name it there, "
         f'"eos_token_id": [{end}, {tokenizer.pad_id}], before the export copies that file'
     )
+
+
+def _cut_answers(settings: Settings, dataset: Dataset) -> str | None:
+    """A line if answers are longer than those that servers give by default. Raises SettingError."""
+    file = Path(settings.model.model_name_or_path) / GENERATION_CONFIG
+    limit = read_config(file.parent, file.name).get("max_new_tokens") if file.is_file() else None
+    if type(limit) is not int:
+        return None
+    edges = [np.flatnonzero(np.diff(s.loss_mask.numpy().astype(np.int8), prepend=0, append=0)) for s in dataset.files]
+    count = sum(int((at[1::2] - at[::2] > limit).sum()) for at in edges)
+    cut = f"of more than {limit:,} tokens, at which vLLM and transformers' generate() cut them unless asked for more"
+    advice = f"raise max_new_tokens in {file}, or take it out, before the export copies that file"
+    return f"{number_of(count, 'trained answer')} {cut}: {advice}" if count else None
 
 
 def stop_tokens(folder: str | Path, name: str) -> set[int]:

@@ -85,6 +85,8 @@ SETTINGS = [
     Case("no value", on("training.lr"), ("'training.lr' is not of the form a.b=c",)),
     Case("empty value", on("training.save="), ("training.save: None is not of type str",)),
     Case("empty text", on("training.save=''"), ("training.save: '' names nothing",)),
+    Case("Python's None", on("training.load=None"), ("training.load: 'None' names nothing; leave it out",)),
+    Case("none in a list", on("model.freeze=[none]"), ("model.freeze[0]: 'none' names nothing; leave it out",)),
     Case("empty mapping", on("training.lr={}"), ("training.lr: {} is not of type float",)),
     Case("list for a number", on("training.lr=[1]"), ("training.lr: [1] is not of type float",)),
     Case(

@@ -306,6 +306,14 @@ def test_empty_answers_are_counted():
     assert report_lines(BOTH, JOINED) == ["data: 1 answer is empty; first: data/b.json, record 2"]
 
 
+def test_of_an_answer_only_what_follows_its_thought_counts():
+    """As where the thought stands in reasoning_content."""
+    beside = answers("")
+    beside["messages"][1]["reasoning_content"] = "Why?"
+    write("data/b.json", TEXT, answers("<think>\nWhy?\n</think>\n\na"), answers("<think>\nWhy?\n</think>\n\n"), beside)
+    assert report_lines(BOTH) == ["data: 2 answers are empty; first: data/b.json, record 3"]
+
+
 def test_of_an_empty_answer_only_the_end_is_trained():
     """This is worth a warning, not an error."""
     write(FILE, answers(" "))

@@ -283,6 +283,19 @@ def test_what_is_odd_is_counted_once(tmp_path):
     assert counts == {"literal": {"": 1}, "tags": {"": 1}, "unread": unread}
 
 
+@pytest.mark.parametrize(("name", "good", "bad", "count"), [
+    ("{}_score", 2, 9.5, 1), ("score_{}", 7.0, 7, 1), ("{}_rating", 3, 5, 1), ("{}_score", 9, 2, 0), ("{}_model", "a", "b", 0),
+    ("{}_score", None, 9, 0),
+])  # fmt: skip
+def test_pairs_whose_scores_say_otherwise_are_counted(tmp_path, name, good, bad, count):
+    warnings = DataWarnings()
+    scores = {name.format("chosen"): good, name.format("rejected"): bad}
+    read(tmp_path, [{"prompt": "b", "chosen": "Good", "rejected": "Bad"} | scores], warnings)
+    assert [line.partition(";")[0] for line in warnings.lines()] == [
+        "1 pair has no higher score of the chosen answer than of the rejected one"
+    ] * count
+
+
 def test_attr_may_name_what_fine_tuning_has_read(tmp_path):
     raw = {"chosen": GOOD, "rejected": BAD}
     (plain,) = read(tmp_path, [raw])

@@ -117,6 +117,17 @@ def test_ends_at_which_servers_do_not_stop_are_told(ids, tokenizer, who):
     assert not who or f'"eos_token_id": [{END}, {PAD}]' in lines[0]
 
 
+def test_answers_longer_than_those_that_servers_give_are_told():
+    """Base models limit them; each answer of a record counts by itself."""
+    long = [PLAIN[0], {"role": "assistant", "content": "a b c d e f g h i j k l m n"}]
+    for limit, count in ((8, "2 trained answers"), (2048, ""), (None, "")):
+        file = Path("hf", GENERATION_CONFIG)
+        file.write_text(json.dumps({"eos_token_id": [END, PAD], "max_new_tokens": limit}))
+        told = [line for line in notes(PLAIN, long, PLAIN + long, template=DOES_NOT) if "max_new_tokens" in line]
+        assert [line.partition(" of more")[0] for line in told] == [count] * bool(count)
+        assert not told or f" than {limit} tokens, " in told[0]
+
+
 def test_the_tokens_are_those_at_which_transformers_stops(tmp_path):
     """Those of generation_config.json, else of config.json."""
     for level in ("", "text_config"):

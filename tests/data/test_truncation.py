@@ -1,6 +1,7 @@
 """truncation: long samples are cut (never inside an image) or left out, and all are counted."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -165,6 +166,19 @@ def test_samples_beyond_the_models_context_are_counted(home, tmp_path, text, lon
     assert not told or told[0].startswith(
         f"data: {count} samples of more than {longest} tokens, which max_position_embe"
     )
+
+
+def test_samples_that_vllm_would_refuse_by_the_tokenizers_limit_are_counted(home, tmp_path):
+    """Other trainers leave the length that they trained with in a tokenizer's model_max_length."""
+    shutil.copytree(home / "hf", tmp_path / "hf")
+    file = tmp_path / "hf/tokenizer_config.json"
+    names = json.loads(file.read_text())
+    for limit, is_told in ((30, True), (int(1e30), False), (None, False)):
+        file.write_text(json.dumps(names | {"model_max_length": limit}))
+        settings = from_flat(flat_of(home, cutoff_len=4096) | {"model.model_name_or_path": str(tmp_path / "hf")})
+        told = [line for line in MicroBatches(settings, 0, 1).warnings() if "model_max_length" in line]
+        assert len(told) == is_told
+        assert not told or re.match(r"data: \d+ samples of more than 30 tokens, which model_max_length of ", told[0])
 
 
 def tokens(tokenizer, *parts):

@@ -26,7 +26,7 @@ ROOMS = {
     "config": 1_200,
     "model": 1_505,
     "checkpoint": 3_595,
-    "data": 7_045,
+    "data": 7_085,
     "parallel": 745,
     "inference": 1_275,
     "training": 3_130,

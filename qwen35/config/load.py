@@ -33,7 +33,7 @@ OTHER_BASE = re.compile("^[-+]?0[0-9_]|:")  # a number of base 8 or 60
 NO_PATHS = ("model.freeze", "data.dataset_param.attr", "data.val_dataset_param.attr")
 OF_A_SHELL = re.compile(r"(?:^|,)\s*(~)/|(\$(?:\{\w+\}|[A-Z_]\w*))")  # in a path: a home, a variable
 LENGTHS = ("training.train_epochs", "training.train_iters")  # of a run, in one unit or the other
-NO_RUN = {"model.model_name_or_path": "-", "training.save": "none", "training.train_iters": 1}
+NO_RUN = {"model.model_name_or_path": "-", "training.save": "no-run", "training.train_iters": 1}
 DATA = "one file, several with commas, or a list as `dataset` of a recipe: [{file: a.json, format: alpaca}]"
 LONGEST_RECIPE = 1 << 20  # characters; YAML takes seconds for each million
 

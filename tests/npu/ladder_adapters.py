@@ -24,9 +24,9 @@ HIDDEN, INNER, E, TOP_K = (
     *(EXPERTS[key] for key in ("moe_intermediate_size", "num_experts", "num_experts_per_tok")),
 )
 WAYS = {  # ranks, and what training the weights launches, forward and backward: as before there were adapters
-    "one rank": (1, (9, 19)),
-    "all-to-all, 8 ranks": (8, (39, 30)),
-    "all-gather, 4 ranks": (4, (33, 31)),
+    "one rank": (1, (9, 16)),
+    "all-to-all, 16 ranks": (16, (39, 27)),
+    "all-gather, 4 ranks": (4, (33, 28)),
 }
 TRAINED = {"weights": (True, False), "nothing": (False, False), "adapters": (False, True)}
 

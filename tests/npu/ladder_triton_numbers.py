@@ -4,7 +4,6 @@ further from it than twice the native op.
 """
 
 import sys
-from dataclasses import replace
 from functools import partial
 from types import ModuleType, SimpleNamespace
 
@@ -12,7 +11,6 @@ import interpreter
 import pytest
 import torch
 import triton_cost
-from gate_gradients import compare_with_transformers
 from table import publish
 from test_kernels import LENGTHS as NATIVE
 from test_kernels import cu
@@ -120,13 +118,6 @@ def test_gated_delta_rule_at_the_ends_of_its_gates(gate, rate, alike, dtype):
     k = 1 + 0.01 * k if alike else k
     inputs = [q, k, v, torch.full((66, 1), gate), torch.full((66, 1), rate)]
     compare("chunk_gated_delta_rule", inputs, cu([1, 65]), dtype=dtype)
-
-
-@DTYPES
-@pytest.mark.parametrize("alike", [False, True], ids=["tokens", "tokens alike"])
-def test_gradients_of_the_gates(dtype, alike):
-    chosen = replace(kernels.Kernels(), chunk_gated_delta_rule=ours.chunk_gated_delta_rule)
-    compare_with_transformers(chosen, dtype, 70, alike, seeds=2)
 
 
 @on_lengths([*LENGTHS, [0, 5, 0, 5, 5, 0]])

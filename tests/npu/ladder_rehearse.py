@@ -179,7 +179,7 @@ LONGER = "data.dataset_param.basic_parameters.cutoff_len=2816"
 
 def test_peak_over_the_memory_is_refused(recipe, capsys):
     """With what would be enough by arithmetic, if anything is; the first line says so, too."""
-    for memory, remedy in ((1, "no setting alone is enough"), (5, "training.optimizer=adamw_swap (5 GB)")):
+    for memory, remedy in ((1, "no setting alone is enough"), (5, "training.optimizer=adamw_swap (4 GB)")):
         assert main([recipe, LONGER, "--memory-gb", str(memory)]) == 1
         out, err = capsys.readouterr()
         [line] = err.splitlines()

@@ -11,13 +11,12 @@ need_venv
 split "${ARGS:-}"
 # the tests start scripts and make themselves, with settings of their own
 unset "${env_names[@]}" MAKEFLAGS MAKELEVEL MAKEOVERRIDES MFLAGS PYTHONDONTWRITEBYTECODE # with bytecode many processes start sooner
-choice=("${words[@]}" "$@") lanes=(--numprocesses 2 --dist loadfile --no-loadscope-reorder)
+choice=("${words[@]}" "$@") lanes=(--numprocesses 3 --dist loadfile --no-loadscope-reorder) # two cores suffice: a lane often waits
 case "${choice[*]}" in
     "") ;;
     "-m quick") exec "$python" -m pytest -q "${lanes[@]}" "${choice[@]}" ;;
     *) exec "$python" -m pytest -q "${choice[@]}" ;;
 esac
-lanes[1]=3 # two cores suffice: half of the time a lane waits for processes that it started
 proof=$(mktemp)
 setsid bash scripts/test-npu.sh --dist no >"$proof" &
 npu=$!

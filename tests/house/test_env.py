@@ -497,7 +497,7 @@ def test_a_signal_reaches_the_step_that_runs(project: Path, number: int, code: i
         (["bench", "ARGS=--only moe"], "-m bench --only moe"),
         (["accept", "ARGS=--only layers"], "-m accept --only layers"),
         (["test", "ARGS=-k 'a and b'"], "-m pytest -q -k a and b"),
-        (["test", "ARGS=-m quick"], "-m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder -m quick"),
+        (["test", "ARGS=-m quick"], "-m pytest -q --numprocesses 3 --dist loadfile --no-loadscope-reorder -m quick"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )

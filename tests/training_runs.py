@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from checkpoint_cases import source_of
 from forked import ROOT, Forked, launched
 from hf_folder import write_hf
 from peer import ONE_OF_EACH, config_dict
@@ -17,7 +18,8 @@ from plain import plain
 from ports import free_port
 from tokenizer_fixture import make_model_folder
 
-from qwen35.checkpoint.dcp_folder import resolve_load
+from qwen35.checkpoint.convert import dcp_to_hf
+from qwen35.checkpoint.dcp_folder import newest_checkpoint, resolve_load
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.slices import TensorSlice
 from qwen35.model import Qwen35
@@ -114,6 +116,15 @@ def tensors(save: Path, prefix: str = MODEL) -> dict[str, torch.Tensor]:
     """A save folder's newest weights, or with prefix "optimizer." its optimizer state."""
     source = DCPSource(resolve_load(save), prefix)
     return {name: source.read(name, TensorSlice.full(spec.shape)) for name, spec in source.specs.items()}
+
+
+def assert_export_is_the_run(save: Path, weights: Path, folder: Path) -> None:
+    """Exports the newest checkpoint into `folder`; weights: what the run began with."""
+    dcp_to_hf(newest_checkpoint(save), weights, folder)
+    exported, wanted = source_of(folder), tensors(save)
+    assert exported.specs.keys() == wanted.keys()
+    for name, spec in exported.specs.items():
+        assert torch.equal(exported.read(name, TensorSlice.full(spec.shape)), wanted[name].to(spec.dtype)), name
 
 
 def assert_same_run(save: Path, reference: Path) -> None:

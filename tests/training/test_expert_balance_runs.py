@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import source_of
 from hf_folder import write_hf
 from test_train_experts import SAME
-from training_runs import assert_same_run, make_workplace, tensors, train
+from training_runs import assert_export_is_the_run, assert_same_run, make_workplace, tensors, train
 
-from qwen35.checkpoint.convert import dcp_to_hf
 from qwen35.checkpoint.dcp import CheckpointInfo, read_info
-from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.checkpoint.dcp_source import OPTIMIZER
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.slices import TensorSlice
 from qwen35.config.schema import TrainingSettings
 from qwen35.model import Qwen35
 from qwen35.training.expert_balance import KEY, kept
@@ -161,11 +157,7 @@ def test_adapters_move_with_their_experts(skewed):
 
 
 def test_an_export_has_the_experts_in_their_own_order(skewed, balanced, tmp_path):
-    dcp_to_hf(newest_checkpoint(balanced), skewed / "weights", tmp_path / "hf")
-    exported, wanted = source_of(tmp_path / "hf"), tensors(balanced)
-    assert exported.specs.keys() == wanted.keys()
-    for name, spec in exported.specs.items():
-        assert torch.equal(exported.read(name, TensorSlice.full(spec.shape)), wanted[name].to(spec.dtype)), name
+    assert_export_is_the_run(balanced, skewed / "weights", tmp_path / "hf")
 
 
 def test_damaged_states_are_refused(skewed, balanced, tmp_path):

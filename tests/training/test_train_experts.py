@@ -4,13 +4,9 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_cases import source_of
 from peer import config_dict, pack, sample
-from training_runs import tensors, train
+from training_runs import assert_export_is_the_run, tensors, train
 
-from qwen35.checkpoint.convert import dcp_to_hf
-from qwen35.checkpoint.dcp_folder import newest_checkpoint
-from qwen35.checkpoint.slices import TensorSlice
 from qwen35.model import Qwen35
 from qwen35.training.metrics import read_metrics
 
@@ -71,8 +67,4 @@ def test_resume_is_bit_exact(workplace, split, tmp_path):
 
 
 def test_the_export_has_all_experts(workplace, split, tmp_path):
-    dcp_to_hf(newest_checkpoint(split), workplace / "weights", tmp_path / "hf")
-    exported, wanted = source_of(tmp_path / "hf"), tensors(split)
-    assert exported.specs.keys() == wanted.keys()
-    for name, spec in exported.specs.items():
-        assert torch.equal(exported.read(name, TensorSlice.full(spec.shape)), wanted[name].to(spec.dtype)), name
+    assert_export_is_the_run(split, workplace / "weights", tmp_path / "hf")

@@ -13,7 +13,6 @@ import kernels
 from bench import lora, slice_s
 from bench.slice_s import BF16, Result, alternate, matmul_rate, packed, peak_bytes, peer_step, step
 from kernels import native
-from kernels.features import HAS_GROUPED_MM
 from qwen35.batch import IGNORE
 from qwen35.training.flops import Flops
 
@@ -89,7 +88,7 @@ def experts() -> Result:
             native.grouped_weight_grad(b, a, ends)
 
     seconds, alone = alternate([ours, matmuls])
-    return {"seconds": seconds, "matmul_seconds": alone, "ratio": seconds / alone, "grouped_mm": HAS_GROUPED_MM}
+    return {"seconds": seconds, "matmul_seconds": alone, "ratio": seconds / alone}
 
 
 def head() -> Result:

@@ -67,24 +67,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs = [grad_enabled and need for need in ctx.needs_input_grad[:2]]
         has_label = labels >= 0
         scales = token_weights.to(native.working_dtype(hidden)) * has_label
-        token_loss, *grads = _by_chunks(hidden, weight, labels, scales, label_rows, needs, ops)
+        token_loss, grad_hidden, grad_weight = _by_chunks(hidden, weight, labels, scales, label_rows, needs, ops)
         token_loss *= has_label
-        ctx.save_for_backward(*grads)
-        ctx.dtype, ctx.slice = weight.dtype, ops.VOCABULARY_SLICE
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(token_loss)
         return (token_loss * scales).sum(), token_loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = (grad_hidden * grad_loss).to(grad_hidden.dtype)
-        if grad_weight is not None:
-            scaled = torch.empty(grad_weight.shape, dtype=ctx.dtype, device=grad_weight.device)
-            for part, out in zip(grad_weight.split(ctx.slice), scaled.split(ctx.slice), strict=True):
-                out.copy_(part * grad_loss)  # all at once would be another [V, D] fp32 near the memory peak
-            grad_weight = scaled
-        return grad_hidden, grad_weight, None, None, None
+        # in place, as [V, D] is large; autograd refuses a second backward through what has changed
+        return *(None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors), None, None, None
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -118,20 +110,26 @@ def _by_chunks(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """-> cross entropies [T], gradients of sum(scales * cross entropies) in hidden and weight.
 
-    The weight's gradient is fp32. needs: whether each gradient is needed. Tokens without a label
-    take label 0, so their scales must be 0.
+    The weight's gradient is fp32 if it is a sum over chunks. needs: whether each gradient is
+    needed. Tokens without a label take label 0, so their scales must be 0.
     """
     need_hidden, need_weight = needs
     targets, token_loss = labels.clamp(min=0), torch.zeros_like(scales)
-    grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-    allocate = torch.empty if len(label_rows) else torch.zeros  # the first chunk writes, the others add
-    grad_weight = allocate(weight.shape, dtype=scales.dtype, device=weight.device) if need_weight else None
-    for number, (rows, is_real) in enumerate(chunks(label_rows, weight.shape[0], ops.LOGIT_BLOCKS)):
+    grad_hidden, grad_weight = torch.zeros_like(hidden) if need_hidden else None, None
+    parts = chunks(label_rows, weight.shape[0], ops.LOGIT_BLOCKS)
+    if need_weight:  # the first chunk writes, the others add; a single one has nothing to add to
+        allocate = torch.empty if parts else torch.zeros
+        dtype = scales.dtype if len(parts) > 1 else weight.dtype
+        grad_weight = allocate(weight.shape, dtype=dtype, device=weight.device)
+    # all chunks in the same memory, which is mapped and cleared once on a CPU
+    logits = hidden.new_empty(len(parts[0][0]) if parts else 0, len(weight))
+    for number, (rows, is_real) in enumerate(parts):
         h = hidden[rows]
-        loss, grad = ops.cross_entropy(h, weight, targets[rows], scales[rows] * is_real, need_hidden or need_weight)
+        its = torch.mm(h, weight.T, out=logits[: len(rows)])
+        loss, grad = ops.cross_entropy(its, targets[rows], scales[rows] * is_real, need_hidden or need_weight)
         token_loss.index_add_(0, rows, loss * is_real)
         if grad_hidden is not None:
-            grad_hidden.index_add_(0, rows, grad @ weight)
+            grad_hidden.index_add_(0, rows, ops.head_hidden_grad(grad, weight))
         if grad_weight is not None:
             ops.head_weight_grad(grad_weight, grad, h, add=number > 0)
     return token_loss, grad_hidden, grad_weight

@@ -2,10 +2,8 @@
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
-HAS_GROUPED_MM = hasattr(F, "grouped_mm")  # torch >= 2.10; before that it has no CPU form
 # whether the CPU's fused attention takes fewer K heads than Q heads; 2.7's reads out of bounds
 HAS_GROUPED_FLASH = VERSION >= (2, 13)
 # whether frozen parameters of an FSDP2 unit may have another dtype than those that are trained

@@ -17,7 +17,6 @@ from torch.distributed import ProcessGroup, get_rank
 npu = torch.ops.npu
 profiler = torch_npu.profiler  # for qwen35/device.py, which must not import torch_npu
 SEQUENCES = 1024  # per call of attention, by the operator's documentation
-VOCABULARY_SLICE = 1 << 15  # rows of the head's gradient that are scaled at once
 LOGIT_BLOCKS = 4  # a chunk's logits have so many times CHUNK_LOGITS elements; as many at once are fp32
 CAUSAL_BLOCK = 2048  # side of the compressed mask that the operator expects for any causal mask
 
@@ -227,15 +226,13 @@ def rows_with_label(labels: Tensor) -> Tensor:
     return torch.arange(len(labels), device=labels.device)
 
 
-def cross_entropy(
-    hidden: Tensor, weight: Tensor, target: Tensor, scale: Tensor, need_grad: bool
-) -> tuple[Tensor, Tensor | None]:
+def cross_entropy(logits: Tensor, target: Tensor, scale: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """The operators take fp32 logits, and targets in [0, V), never negative.
 
     A block of the bf16 logits at a time is turned into fp32, and replaced by its gradient. Few
     chunks are large ones: each is added to the [V, H] fp32 gradient of the weight.
     """
-    logits, losses = hidden @ weight.T, []
+    losses = []
     size = -(-len(logits) // LOGIT_BLOCKS)
     for block, of_target, of_scale in zip(logits.split(size), target.split(size), scale.split(size), strict=True):
         loss, log_prob = npu.npu_cross_entropy_loss(block.float(), of_target, None, "none")[:2]
@@ -246,6 +243,10 @@ def cross_entropy(
             del grad  # before the next block's
         del log_prob
     return torch.cat(losses), logits if need_grad else None
+
+
+def head_hidden_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    return grad @ weight
 
 
 def head_weight_grad(total: Tensor, grad: Tensor, hidden: Tensor, add: bool) -> None:

@@ -121,7 +121,6 @@ def test_moe_experts(tokens, dtype, tolerance):
 
 
 def test_moe_experts_of_odd_sizes():
-    """Rows that are not a multiple of 16 bytes, which grouped_mm does not support."""
     ids, weights = torch.rand(9, 6).topk(2).indices, torch.rand(9, 2)
     x, gate_up, down = torch.randn(9, 21), torch.randn(8, 14, 21), torch.randn(8, 21, 7)
     ours = kernels.moe_experts(x, ids, weights, gate_up, down)
@@ -417,7 +416,15 @@ def test_gradients_in_fp64():
     labels = torch.tensor([0, 1, -100, 2, 3, 4, 0, 1, 2])
     inputs = (torch.randn(T, 3, **d), torch.randn(5, 3, **d))
     scale = torch.rand(T, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *a: kernels.linear_cross_entropy(*a, labels, scale)[0], inputs)
+    loss, steps = kernels.linear_cross_entropy(*inputs, labels, scale)[0], [1e-6 * torch.randn_like(x) for x in inputs]
+    grads = torch.autograd.grad(7 * loss, inputs, retain_graph=True)
+    further, back = (
+        kernels.linear_cross_entropy(*(x + sign * s for x, s in zip(inputs, steps, strict=True)), labels, scale)[0]
+        for sign in (1, -1)
+    )
+    assert torch.allclose(7 * (further - back) / 2, sum((g * s).sum() for g, s in zip(grads, steps, strict=True)))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # not the gradient times 7
+        torch.autograd.grad(loss, inputs)
     assert torch.autograd.gradcheck(lambda *a: kernels.token_log_probs(*a, labels), inputs)
 
 

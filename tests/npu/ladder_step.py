@@ -5,14 +5,13 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
-from steps import DEVICE, Step, bytes_kept, make_batch, our_step, peer_step, slice_config
+from steps import DEVICE, PEER_GROUPS_EXPERTS, Step, bytes_kept, make_batch, our_step, peer_step, slice_config
 from table import layers, lines, measure, publish
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from watch import SavedBytes, Watch
 
 import kernels
-from kernels.features import HAS_GROUPED_MM
 from kernels.triton import chunks
 from kernels.triton.tiles import CONV_ROWS, Tiles
 from qwen35.config.schema import ParallelSettings
@@ -151,12 +150,12 @@ def test_a_deterministic_step_has_the_same_operators(moe, monkeypatch):
 
 def test_a_layer_against_transformers():
     """Upper bounds on measured counts; the figures are published."""
-    if not HAS_GROUPED_MM:
-        with pytest.raises(DataDependentOutputException):  # transformers syncs for each expert's rows
+    if not PEER_GROUPS_EXPERTS:
+        with pytest.raises(DataDependentOutputException):
             layers(peer_step, True)
     measured = measure()
     publish("1-layers.md", lines(measured))
-    for moe in (True, False) if HAS_GROUPED_MM else (False,):
+    for moe in (True, False) if PEER_GROUPS_EXPERTS else (False,):
         ours, theirs = measured[moe, "ours"], measured[moe, "transformers"]
         gdn, attention = "linear_attention", "full_attention"
         for kind, of_ops, of_bytes in ((gdn, 0.12, 0.25), (attention, 0.65, 0.65)):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from live_bytes import LiveBytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -28,6 +29,7 @@ from qwen35.training.loss import make_mtp_targets, token_weights
 from rehearse.operators import OperatorCounts
 
 DEVICE = "npu:0"
+PEER_GROUPS_EXPERTS = hasattr(F, "grouped_mm")  # else it syncs for each expert's rows; torch >= 2.10
 
 
 # ── Our step ──────────────────────────────────────────────────────────────────────────────────────

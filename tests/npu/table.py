@@ -10,9 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from steps import DEVICE, Step, make_batch, our_step, peer_step, slice_config
-
-from kernels.features import HAS_GROUPED_MM
+from steps import DEVICE, PEER_GROUPS_EXPERTS, Step, make_batch, our_step, peer_step, slice_config
 
 TOKENS = 2048
 BASE = ["linear_attention", "full_attention"]
@@ -43,7 +41,7 @@ def measure() -> dict[tuple[bool, str], dict[str, Layer]]:
     found = {}
     for moe in (True, False):
         found[moe, "ours"] = layers(lambda c, t: our_step(c, make_batch(c, t, True), saves=True), moe)
-        if not moe or HAS_GROUPED_MM:  # else transformers syncs for each expert's rows
+        if not moe or PEER_GROUPS_EXPERTS:
             found[moe, "transformers"] = layers(peer_step, moe, BASE[1:])  # its delta rule is a thousand operators
     return found
 

@@ -4,7 +4,6 @@ import pytest
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kernels import native
-from kernels.features import HAS_GROUPED_MM
 
 
 class EqualShares(list):
@@ -16,7 +15,7 @@ class EqualShares(list):
 
 @pytest.fixture(autouse=True, scope="module")
 def known_rows():
-    """Without a grouped matmul on CPUs (torch < 2.10) the native one reads row counts."""
+    """The native grouped matmuls read how many rows each expert has."""
 
     def known(op):
         def with_known_rows(rows, other, ends):
@@ -27,6 +26,6 @@ def known_rows():
         return with_known_rows
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in () if HAS_GROUPED_MM else ("grouped_matmul", "grouped_weight_grad"):
+        for name in ("grouped_matmul", "grouped_weight_grad"):
             patch.setattr(native, name, known(getattr(native, name)))
         yield

@@ -121,10 +121,10 @@ def installation(m: Machine) -> Iterator[Finding]:
 def imports(m: Machine) -> Finding:
     """Import what a run imports in a subprocess, since an incompatible library may crash it."""
     printed, failure = m.ask("import", m.python, "-c", PROBE)
+    todo = "see the lines about CANN, driver and torch-npu" if m.accelerator else INSTALL
     if failure:
-        return wrong("import torch", failure, "see the lines about CANN and the driver" if m.accelerator else INSTALL)
+        return wrong("import torch", failure, todo)
     (version, devices), visible = json.loads(printed.splitlines()[-1]), len(m.visible())
     if m.accelerator and not 0 < devices == visible:
-        todo = "see the lines about CANN, driver and torch-npu"
         return wrong("import torch", f"sees {devices} of {visible} NPUs", todo)
     return ok("import torch", version + (f", sees {devices} NPUs" if m.accelerator else ""))

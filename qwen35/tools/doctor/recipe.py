@@ -36,6 +36,7 @@ from qwen35.tools.address import DEFAULT_PORT, check_address
 from qwen35.tools.doctor.host import Finding, Machine, note, ok, wrong
 from qwen35.training.adapters import make_model, serving_warnings
 from qwen35.training.best import Best
+from qwen35.training.expert_balance import kept
 from qwen35.training.length import count_steps
 from qwen35.training.parameter_groups import check_new_tokens, check_visuals, count
 from qwen35.training.resume import changes, check_disk, check_extra, check_finished, check_info, make_extra
@@ -192,6 +193,7 @@ def look(m: Machine, s: Settings, found: list[Finding], world: int) -> None:
                 found.append(note("recipe", f"{over}: the run is over after step {done} of {steps}"))
                 steps = done
             check_extra(loaded, make_extra(s, model.config, batches, world), s)
+            kept(t, loaded)  # raises if it is damaged
             if done >= steps:
                 check_finished(save, done, changes(loaded.path.parent, s), s)
         first, *others = batches.report().splitlines()

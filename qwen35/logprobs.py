@@ -15,13 +15,11 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import kernels
 from qwen35.batch import IGNORE, PackedBatch
-from qwen35.checkpoint.dcp import read_info
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.config.layout import check_layout
 from qwen35.config.schema import Settings
@@ -32,14 +30,14 @@ from qwen35.device import end_process_group, init_process
 from qwen35.errors import Parser, SettingError
 from qwen35.heartbeat import Heartbeat
 from qwen35.log import log_warnings, logger
-from qwen35.model import Qwen35, load_config
+from qwen35.model import load_config
 from qwen35.parallel.collectives import Gather
 from qwen35.parallel.context_parallel import apply_context_parallel
 from qwen35.parallel.fsdp import shard
 from qwen35.parallel.mesh import make_meshes
 from qwen35.rank import leave, run_rank
 from qwen35.tools.compilation import DTYPES, compiled
-from qwen35.training.adapters import choose_trained
+from qwen35.training.adapters import make_model
 from qwen35.training.reference import Forward, RowsFile, made_with
 from qwen35.training.start import REFERENCE, Start, find_weights
 from qwen35.wording import number_of
@@ -61,11 +59,9 @@ def log_probs(settings: Settings, out: Path | None) -> None:
     check_layout(settings, dist.get_world_size())
     meshes = make_meshes(device.type, settings.parallel, t.timeout)
     chosen = compiled(settings, config.text, device, heartbeat, logger.info)
-    with torch.device("meta"):
-        model = Qwen35(config, kernels=chosen, mtp=bool(settings.model.mtp_num_layers))
-    choose_trained(model, settings)
+    model = make_model(settings, config, chosen)
     start = Start(find_weights(settings, goes_on=False), model, settings)
-    if not out and not start.is_hf and read_info(start.path).step:
+    if not out and start.step:
         raise SettingError(
             f"training.load: {t.load} has been trained; the reference is what its run began with, name that"
         )
@@ -78,7 +74,7 @@ def log_probs(settings: Settings, out: Path | None) -> None:
     lines = [line for dataset in datasets for line in (*dataset.left_out(), *dataset.warnings)]
     if out and (most := settings.data.dataset_param.basic_parameters.max_samples) == datasets[0].records:
         lines.append(f"max_samples: no record after the first {most:,} is read")
-    log_warnings([*(f"data: {line}" for line in lines), *start.warnings])
+    log_warnings([*(f"data: {line}" for line in lines), *start.unread, *start.warnings])
     apply_context_parallel(model, meshes)
     shard(model, meshes, DTYPES[t.dtype])
     model.to_empty(device=device)

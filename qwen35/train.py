@@ -29,7 +29,6 @@ from qwen35.config.layout import check_layout
 from qwen35.config.load import to_yaml
 from qwen35.config.schema import Settings
 from qwen35.console import outlive_readers
-from qwen35.data.other_tokenizers import other_tokenizers
 from qwen35.device import enable_determinism, end_process_group, init_process
 from qwen35.heartbeat import Heartbeat
 from qwen35.log import log_to, log_warnings, logger
@@ -43,7 +42,7 @@ from qwen35.processes import stop_code, stop_request
 from qwen35.rank import leave, run_rank
 from qwen35.tools.compilation import DTYPES, compiled
 from qwen35.training.adamw import AdamW
-from qwen35.training.adapters import choose_trained, serving_warnings
+from qwen35.training.adapters import make_model, serving_warnings
 from qwen35.training.best import Best
 from qwen35.training.dpo import METRICS, preference_loss
 from qwen35.training.expert_balance import ExpertBalance, kept
@@ -62,11 +61,11 @@ from qwen35.training.report import write_report
 from qwen35.training.resume import (
     changes,
     check_extra,
+    check_place,
     check_room,
     check_same_data,
     is_finished,
     make_extra,
-    read_checked_info,
     repair_save_folder,
     restore_rng,
     rng_states,
@@ -131,16 +130,14 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     dist.barrier()  # rank 0 hosts the store that new groups need; only after this may an error end rank 0
     implementations = compiled(settings, config.text, device, heartbeat, logger.info)
     heartbeat.at("building the model")
-    with torch.device("meta" if t.init_model_with_meta_device else device):
-        model = Qwen35(config, kernels=implementations, mtp=bool(m.mtp_num_layers))
-    choose_trained(model, settings)
+    model = make_model(settings, config, implementations, "meta" if t.init_model_with_meta_device else device)
     start = Start(find_weights(settings), model, settings)
     weights = start.path
     check_export(model, m.model_name_or_path)
-    ignored += not_read(start.base) if start.is_hf and start.base != Path(m.model_name_or_path) else []
-    ignored += other_tokenizers(settings, start.base)
-    checkpoint = read_checked_info(weights, settings, device) if start.goes_on else None
-    step = (checkpoint.step or 0) if checkpoint else 0  # converted weights have no step
+    ignored += start.unread
+    checkpoint, step = start.info, start.step
+    if checkpoint and step:
+        check_place(checkpoint, settings, device)
     check_room(settings, model, step, t.train_iters)
     micro_batches, validation = read_data(settings, meshes, device, DTYPES[t.dtype], heartbeat)
     heartbeat.at("comparing the data with the other ranks'")

@@ -3,11 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from qwen35.config.schema import Settings
-from qwen35.model import ModelConfig, Qwen35
-from qwen35.training.adapters import choose_trained
+from qwen35.model import ModelConfig
+from qwen35.training.adapters import make_model
 from rehearse.layouts import Layout
 from rehearse.lower_bound import RESHARDED, mixer_bytes
 from rehearse.rates import BEST, WORST, RateRange, Rates
@@ -47,10 +45,7 @@ class Sizes:
 
     @classmethod
     def of(cls, s: Settings, config: ModelConfig, world: int, per_node: int) -> "Sizes":
-        with torch.device("meta"):
-            model = Qwen35(config, mtp=bool(s.model.mtp_num_layers))
-        choose_trained(model, s)
-        named = dict(model.named_parameters())
+        named = dict(make_model(s, config).named_parameters())
         experts = sum(p.numel() for name, p in named.items() if ".mlp.experts." in name)
         inside = sum(p.numel() for name, p in named.items() if name.startswith(RESHARDED))
         total = sum(p.numel() for p in named.values())

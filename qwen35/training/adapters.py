@@ -5,15 +5,26 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from kernels import Kernels
 from qwen35.checkpoint.hf_names import saved_parameters
 from qwen35.checkpoint.slices import TensorSlice, TensorSpec
 from qwen35.config.schema import LoraSettings, Settings
 from qwen35.errors import SettingError
-from qwen35.model import Qwen35
+from qwen35.model import ModelConfig, Qwen35
 from qwen35.model.lora import LoraError, LoraSpec, adapted_by, add_adapters, initial_adapter, is_adapter
 from qwen35.training.parameter_groups import chosen_patterns, freeze
 
 TOGETHER = ("in_proj_qkv", "in_proj_z"), ("experts.gate_up_proj", "experts.down_proj")  # as vLLM wants them
+
+
+def make_model(
+    settings: Settings, config: ModelConfig, kernels: Kernels | None = None, device: torch.device | str = "meta"
+) -> Qwen35:
+    """A plain model that trains what the settings say. Raises SettingError."""
+    with torch.device(device):
+        model = Qwen35(config, kernels=kernels, mtp=bool(settings.model.mtp_num_layers))
+    choose_trained(model, settings)
+    return model
 
 
 def choose_trained(model: Qwen35, settings: Settings) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qwen35.checkpoint import dcp_folder
-from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, CheckpointInfo, read_info
+from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, CheckpointInfo
 from qwen35.checkpoint.dcp_folder import ITERATION, damaged, keep_newest, newest_checkpoint
 from qwen35.checkpoint.dcp_write import run_sharing_errors
 from qwen35.checkpoint.errors import CheckpointError
@@ -95,14 +95,11 @@ def make_extra(settings: Settings, config: ModelConfig, data: MicroBatches, worl
     return extra | ({UNFILLED: data.sequences_per_epoch // per_step} if settings.training.train_epochs else {})
 
 
-def read_checked_info(checkpoint: Path, settings: Settings, device: torch.device) -> CheckpointInfo:
-    """What a checkpoint holds besides tensors, checked before the data is read.
+def check_place(loaded: CheckpointInfo, settings: Settings, device: torch.device) -> None:
+    """What a run's checkpoint holds besides tensors, checked before the data is read.
 
     Raises CheckpointError if it is damaged, SettingError if these settings cannot continue it.
     """
-    loaded = read_info(checkpoint)
-    if not loaded.step:  # converted weights
-        return loaded
     check_info(loaded, settings, dist.get_world_size())
     if loaded.world_size == dist.get_world_size():
         rank_file = RANK_EXTRA.format(dist.get_rank())
@@ -112,7 +109,6 @@ def read_checked_info(checkpoint: Path, settings: Settings, device: torch.device
             restore_rng(loaded.rank_extra, device)  # only a check: setup restores them after the last draw
         except BROKEN_STATES:
             raise damaged(loaded.path, rank_file, "does not hold the random states of a rank") from None
-    return loaded
 
 
 def check_info(loaded: CheckpointInfo, settings: Settings, world: int) -> None:

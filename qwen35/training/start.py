@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from qwen35.checkpoint.dcp import load_checkpoint, open_matching_checkpoint, read_info
+from qwen35.checkpoint.dcp import CheckpointInfo, load_checkpoint, open_matching_checkpoint, read_info
 from qwen35.checkpoint.dcp_folder import METADATA, RELEASE, newest_checkpoint, resolve_load
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError, Mismatch
-from qwen35.checkpoint.hf import load_hf, open_matching_folder
+from qwen35.checkpoint.hf import load_hf, not_read, open_matching_folder
 from qwen35.checkpoint.hf_names import base_parameters, saved_parameters, shapes_of
 from qwen35.checkpoint.hf_read import has_weights
 from qwen35.checkpoint.merged import AdapterRun, digest, holds_adapters
@@ -24,6 +24,7 @@ from qwen35.checkpoint.peft_folder import PeftFolder
 from qwen35.checkpoint.slices import FiniteSource, TensorSlice, TensorSource, fill
 from qwen35.config.load import SettingError
 from qwen35.config.schema import LoraSettings, Settings
+from qwen35.data.other_tokenizers import other_tokenizers
 from qwen35.model import Qwen35
 from qwen35.training.adapters import InitialAdapters, lora_spec
 
@@ -84,26 +85,30 @@ class Start:
     def __init__(self, chosen: Chosen, model: Qwen35, settings: Settings):
         self.path, self.base = chosen
         self.model, self.lora = model, settings.training.lora
-        named = settings.training.init_from_hf_path
+        named, of_config = settings.training.init_from_hf_path, settings.model.model_name_or_path
         self.is_hf = self.base == Path(named or "") or not (self.base / METADATA).is_file()  # the base
         self.goes_on = self.path != self.base if self.lora else not self.is_hf  # from the place that a run had reached
         opened = (open_matching_folder if self.is_hf else open_matching_checkpoint)(model, self.base)
         self.sources: list[TensorSource] = [opened]
         self.notes = [f"weights from {self.base}"]
         self.warnings: list[str] = []
+        self.info: CheckpointInfo | None = read_info(self.path) if self.goes_on else None
+        self.step = (self.info and self.info.step) or 0  # converted weights have none
+        self.unread = not_read(self.base) if self.is_hf and self.base != Path(of_config) else []
+        self.unread += other_tokenizers(settings, self.base)
         self.extra: dict[str, Any] = {}  # of this run's checkpoints
         if not self.is_hf and (not dist.is_initialized() or dist.get_rank() == 0):  # make doctor is no job
-            self.warnings += _other_weights(model, opened, self.base, settings.model.model_name_or_path)
+            self.warnings += _other_weights(model, opened, self.base, of_config)
         names = base_parameters(model)
         if settings.training.stage == "dpo" and not self.lora:  # what its log-probabilities are kept under
-            info = None if self.is_hf else read_info(self.path)
-            self.extra = {REFERENCE: info.extra.get(REFERENCE) if info and info.step else digest(opened, names)}
+            first = self.info.extra.get(REFERENCE) if self.info and self.step else digest(opened, names)
+            self.extra = {REFERENCE: first}
         if not self.lora:
             return
         run = AdapterRun(lora_spec(self.lora), str(self.base.absolute()), digest(opened, names))
         self.extra = run.to_extra()
-        if self.goes_on:
-            run.check(read_info(self.path))
+        if self.info:
+            run.check(self.info)
             self.sources.append(open_matching_checkpoint(model, self.path))
             self.notes.append(f"adapters from {self.path}")
         elif self.lora.adapter:

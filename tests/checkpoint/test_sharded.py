@@ -10,6 +10,7 @@ from checkpoint_cases import build, save_checkpoint, state_of, write_folder
 from forked import spawn
 from hf_folder import LAYOUTS, write_hf
 from peer import config_dict
+from small_steps import full
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -74,10 +75,6 @@ def check_memory(folder: Path) -> None:
     assert HFFolder(folder).specs["lm_head.weight"].nbytes >= LARGE_BYTES
     assert memory("VmHWM") - before < own_bytes(model) + 6 * PIECE_BYTES < own_bytes(model) + LARGE_BYTES
     assert full(model.lm_head.weight)[-1].eq(1).all()
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

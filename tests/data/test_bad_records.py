@@ -32,7 +32,7 @@ from qwen35.data.preparation import Preparation
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
 from qwen35.tools.doctor.host import Machine
-from qwen35.tools.doctor.recipe import model, records
+from qwen35.tools.doctor.recipe import look
 from qwen35.training.metrics import read_metrics
 
 __all__ = ["place", "whole"]  # fixtures
@@ -102,14 +102,18 @@ def test_show_reports_skipped_records(place):
 def test_doctor_reports_skipped_records(place):
     three_bad(place)
     skipping, settings = load_settings("r.yaml", [SKIP]), load_settings("r.yaml")
-    fine, finding, *_ = records(skipping, *model(Machine(), skipping, [], 1), 1)
+    found: list = []
+    look(Machine(), skipping, found, 1)
+    fine, finding, *_ = [f for f in found if f.subject == "data"]
     assert fine.fact.startswith("9 samples of 1 file, ")  # one is longer than cutoff_len
     assert finding.status == "note"
     words = (
         "skipped 3 of 12 records: 1 image missing, 1 malformed, 1 longer than cutoff_len; first: data/a.json, record 3"
     )
     assert finding.fact.startswith(words)
-    (finding,) = records(settings, *model(Machine(), settings, [], 1), 1)
+    found.clear()
+    look(Machine(), settings, found, 1)
+    (finding,) = [f for f in found if f.subject == "data"]
     assert finding.status == "wrong" and "record 3 (id r2): image 1 of 1" in finding.fact
 
 

@@ -285,10 +285,11 @@ def test_every_command_that_reads_records_reports_unread_fields(here, command, l
 
 def test_doctor_reports_unread_fields(here):
     from qwen35.tools.doctor.host import Machine
-    from qwen35.tools.doctor.recipe import model, records
+    from qwen35.tools.doctor.recipe import look
 
     settings = load_settings("r.yaml")
-    found = records(settings, *model(Machine(), settings, [], 1), 1)
+    found: list = []
+    look(Machine(), settings, found, 1)
     assert ("note", f"{NOT_READ}{', '.join(FOUND)}") in [(f.status, f.fact) for f in found]
 
 

@@ -29,15 +29,15 @@ ROOMS = {
     "data": 7_085,
     "parallel": 745,
     "inference": 1_275,
-    "training": 3_130,
-    "tools": 1_755,
+    "training": 3_140,
+    "tools": 1_715,
     "launch": 1_520,
 }
 ON_TOP = ("rank", "preflight", "train", "logprobs", "convert")
 BUDGETS = {
-    "qwen35": 1_785,
+    "qwen35": 1_780,
     "kernels": 3_695,
-    "rehearse": 2_850,
+    "rehearse": 2_845,
     "accept": 735,
     "bench": 850,
 }  # qwen35: beside its rooms

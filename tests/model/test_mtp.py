@@ -12,29 +12,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peer import config_dict, forward_aux, pack, pair, peer_inputs, sample
+from small_steps import run_of, settings_of
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from qwen35.batch import IGNORE, derive, mtp_labels
-from qwen35.config.schema import (
-    BasicParameters,
-    DatasetParam,
-    DataSettings,
-    LossCfg,
-    ModelSettings,
-    ParallelSettings,
-    Settings,
-    TrainingSettings,
-)
-from qwen35.device import HOST
+from qwen35.config.schema import LossCfg, ParallelSettings
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.fsdp import shard
 from qwen35.parallel.mesh import make_meshes
-from qwen35.train import Run, train_step
+from qwen35.train import train_step
 from qwen35.training.flops import Flops
 from qwen35.training.loss import make_mtp_targets, token_weights
 from qwen35.training.metrics import SUMS
-from qwen35.training.optimizer import GradientNorm, make_optimizer
 
 FACTOR, AUX = 0.3, 0.01
 
@@ -348,9 +338,8 @@ def test_the_layer_is_an_fsdp_unit(alone):
 @pytest.mark.parametrize("kind", ["default", "per_sample_loss", "per_token_loss"])
 def test_a_step_equals_the_formula(alone, kind):
     """Each loss is a mean over its labels in both micro-batches; gradients of their sum."""
-    of_model = ModelSettings("x", mtp_num_layers=1, mtp_loss_scaling_factor=FACTOR, loss_cfg=LossCfg(kind, AUX))
-    t = TrainingSettings(train_iters=1, save="x", clip_grad=0.0)
-    settings = Settings(DataSettings(DatasetParam(BasicParameters("x"))), of_model, t)
+    of_model = {"mtp_num_layers": 1, "mtp_loss_scaling_factor": FACTOR, "loss_cfg": LossCfg(kind, AUX)}
+    settings = settings_of(of_model, train_iters=1, clip_grad=0.0)
     ours, _ = with_mtp(True)
     # if the first token has a label, the two losses have different numbers of labels
     batches = [pack(SAMPLES), pack([masked(sample([9], seed=6), 0, 1, 2), masked(sample([5], seed=7), 0)])]
@@ -383,8 +372,7 @@ def test_a_step_equals_the_formula(alone, kind):
     (wanted["loss"] + FACTOR * wanted["mtp_loss"] + AUX * wanted["aux_loss"]).backward()
     norm = torch.stack([p.grad.norm() for p in ours.parameters()]).norm()
     ours.zero_grad()
-    group, meshes = dist.group.WORLD, make_meshes("cpu", ParallelSettings())
-    run = Run(settings, HOST, meshes, ours, make_optimizer(ours, t), GradientNorm(ours, group), iter([]), 0, {})
+    run = run_of(ours, settings, make_meshes("cpu", ParallelSettings()))
     record = train_step(run, [derive(batch, ours.config.vision_spec) for batch in batches], 0.0, 0.0)
     found = dict(zip((*SUMS, *record.also), record.sums.tolist(), strict=True))
     for name, value in wanted.items():

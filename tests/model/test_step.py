@@ -14,35 +14,23 @@ import torch
 import torch.distributed as dist
 from checkpoint_cases import save_checkpoint
 from forked import spawn
-from peer import ONE_OF_EACH, PATCH_VALUES, config_dict, pair, peer_inputs, random_model, sample
+from peer import ONE_OF_EACH, config_dict, pair, peer_inputs, random_model, sample
 from ports import free_port
-from torch.distributed.tensor import distribute_tensor
+from small_steps import collated, fill_from, full, run_of, settings_of
 
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint.dcp import load_checkpoint
-from qwen35.config.schema import (
-    BasicParameters,
-    DatasetParam,
-    DataSettings,
-    LossCfg,
-    ModelSettings,
-    ParallelSettings,
-    Settings,
-    TrainingSettings,
-)
-from qwen35.data.collator import collate
-from qwen35.data.dataset import Sample
+from qwen35.config.schema import LossCfg, ParallelSettings, Settings
 from qwen35.device import HOST, init_process
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.context_parallel import apply_context_parallel
 from qwen35.parallel.fsdp import shard
-from qwen35.parallel.mesh import Meshes, make_meshes
+from qwen35.parallel.mesh import make_meshes
 from qwen35.rank import leave
 from qwen35.train import Run, train_step
 from qwen35.training.metrics import SUMS
-from qwen35.training.optimizer import GradientNorm, make_optimizer
 
-BIN, BUCKET, LR, DECAY, EPS, CLIP = 64, 32, 1e-2, 0.1, 1e-4, 0.5
+LR, DECAY, EPS, CLIP = 1e-2, 0.1, 1e-4, 0.5
 TEXT, IMAGE, BROKEN = [23], [9, (4, 6), 8], None
 STEPS = [  # the micro-batches of two ranks, alternating
     [IMAGE, IMAGE, TEXT, TEXT],
@@ -70,29 +58,9 @@ def sequence(step: int, number: int) -> PackedBatch:
     return sample(STEPS[step][number], seed=10 * step + number)
 
 
-def batch_of(*sequences: PackedBatch) -> PackedBatch:
-    """A batch of packed sequences as the collator makes it; only padding if nothing is left."""
-    names = ("input_ids", "labels", "position_ids", "pixel_values", "grid_thw")
-    samples = [Sample(*(getattr(s, name) for name in names)) for s in sequences]
-    return collate([samples], BIN, 0, BUCKET, load_config(config(True)).vision_spec, PATCH_VALUES)
-
-
-def settings_of(optimizer: str = "adamw", parallel: ParallelSettings | None = None, **of_model) -> Settings:
-    t = TrainingSettings(
-        train_iters=len(STEPS), save="x", lr=LR, weight_decay=DECAY, adam_eps=EPS, clip_grad=CLIP, optimizer=optimizer
-    )
-    data = DataSettings(DatasetParam(BasicParameters("x")))
-    return Settings(data, ModelSettings("x", **of_model), t, parallel or ParallelSettings())
-
-
-def run_of(model: Qwen35, settings: Settings, meshes: Meshes) -> Run:
-    optimizer = make_optimizer(model, settings.training)
-    norm = GradientNorm(model, meshes.weights["shard"].get_group())
-    return Run(settings, HOST, meshes, model, optimizer, norm, iter([]), 0, {})
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+def steps_of(of_model: dict, parallel: dict, optimizer: str = "adamw") -> Settings:
+    t = {"train_iters": len(STEPS), "lr": LR, "weight_decay": DECAY, "adam_eps": EPS, "clip_grad": CLIP}
+    return settings_of(of_model, parallel, optimizer=optimizer, **t)
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,24 +72,20 @@ def all_steps(moe: bool, optimizer: str, folder: Path | None, **parallel: int) -
 
     Step 4 resumes from a checkpoint in `folder`.
     """
-    p, loss_cfg = ParallelSettings(**parallel), LossCfg("default", 0.0)
-    meshes, whole = make_meshes(HOST.type, p), random_model(config(moe))
+    meshes, whole = make_meshes(HOST.type, ParallelSettings(**parallel)), random_model(config(moe))
 
     def start() -> Run:
         with torch.device("meta"):
             model = Qwen35(load_config(config(moe)))
         apply_context_parallel(model, meshes)
         shard(model, meshes, torch.float32)
-        model.to_empty(device=HOST)
-        with torch.no_grad():
-            for q, w in zip(model.parameters(), whole.parameters(), strict=True):
-                q.copy_(distribute_tensor(w.detach(), q.device_mesh, q.placements) if hasattr(q, "placements") else w)
-        return run_of(model, settings_of(optimizer, p, loss_cfg=loss_cfg), meshes)
+        fill_from(model, whole)
+        return run_of(model, steps_of({"loss_cfg": LossCfg("default", 0.0)}, parallel, optimizer), meshes)
 
     run, found = start(), []
     for step, kinds in enumerate(STEPS):
         numbers = range(meshes.data_rank, len(kinds), meshes.data_size)
-        train_step(run, [batch_of(*[sequence(step, i)] if kinds[i] else []) for i in numbers], LR, 0.0)
+        train_step(run, [collated(*[sequence(step, i)] if kinds[i] else []) for i in numbers], LR, 0.0)
         states = {
             f"{key}.{name}": own(value)
             for name, q in run.model.named_parameters()
@@ -234,10 +198,10 @@ def test_resume_is_bit_exact(alone, tmp_path):
 def test_a_padding_micro_batch_changes_nothing(alone, kind):
     """Losses, counts, expert load, FLOPs and gradients equal those of a step without it."""
     meshes, loss_cfg = make_meshes(HOST.type, ParallelSettings()), LossCfg(kind, 0.1)
-    settings = settings_of(mtp_num_layers=1, mtp_loss_scaling_factor=0.3, loss_cfg=loss_cfg)
-    batches = [batch_of(sample([12, (4, 4), 5], seed=1), sample([7], seed=2)), batch_of(sample([30], seed=3))]
+    settings = steps_of({"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.3, "loss_cfg": loss_cfg}, {})
+    batches = [collated(sample([12, (4, 4), 5], seed=1), sample([7], seed=2)), collated(sample([30], seed=3))]
     results = []
-    for given in (batches, [batches[0], batch_of(), batches[1], batch_of()]):
+    for given in (batches, [batches[0], collated(), batches[1], collated()]):
         model = Qwen35.from_config(config(True), seed=1, mtp=True)
         gradients: dict[str, torch.Tensor] = {}
         run = run_of(model, settings, meshes)

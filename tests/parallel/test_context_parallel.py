@@ -13,20 +13,10 @@ import torch.distributed as dist
 from forked import spawn
 from peer import ONE_OF_EACH, PATCH_VALUES, config_dict, sample
 from ports import free_port
-from test_parallel import full
-from torch.distributed.tensor import distribute_tensor
+from small_steps import BIN, BUCKET, fill_from, full, run_of, settings_of
 from training_runs import tensors, train
 
-from qwen35.config.schema import (
-    BasicParameters,
-    DatasetParam,
-    DataSettings,
-    LossCfg,
-    ModelSettings,
-    ParallelSettings,
-    Settings,
-    TrainingSettings,
-)
+from qwen35.config.schema import LossCfg
 from qwen35.data.collator import collate
 from qwen35.data.dataset import Sample
 from qwen35.device import HOST, init_process
@@ -37,13 +27,13 @@ from qwen35.parallel.context_parallel import apply_context_parallel, shard_batch
 from qwen35.parallel.fsdp import shard
 from qwen35.parallel.mesh import make_meshes
 from qwen35.rank import leave
-from qwen35.train import Run, train_step
+from qwen35.train import train_step
 from qwen35.training.loss import make_mtp_targets, token_weights
 from qwen35.training.metrics import SUMS, read_metrics
-from qwen35.training.optimizer import GradientNorm, make_optimizer
+from qwen35.training.optimizer import make_optimizer
 from qwen35.training.parameter_groups import freeze
 
-STEPS, BIN, BUCKET = 2, 64, 32
+STEPS = 2
 
 
 def make_config(heads: int = 4, **case) -> dict:
@@ -117,8 +107,18 @@ CASES = {  # parallel settings and model settings
 
 def some_steps(case: dict, is_shared: bool) -> dict:
     """train_step on this rank's BATCHES: sums over ranks, norms, first gradients, final weights."""
-    parallel = ParallelSettings(**case["parallel"] if is_shared else {})
-    meshes, config, mtp = make_meshes(HOST.type, parallel), make_config(**case.get("config", {})), case.get("mtp", 0)
+    config, mtp, loss_cfg = make_config(**case.get("config", {})), case.get("mtp", 0), case.get("loss_type", "default")
+    settings = settings_of(
+        {"mtp_num_layers": mtp, "mtp_loss_scaling_factor": 0.3, "loss_cfg": LossCfg(loss_cfg, 0.1)},
+        case["parallel"] if is_shared else {},
+        train_iters=STEPS,
+        lr=1e-2,
+        weight_decay=0.1,
+        adam_eps=1e-4,
+        clip_grad=0.05,
+        optimizer="adamw_swap" if is_shared and case.get("on_host") else "adamw",
+    )
+    meshes = make_meshes(HOST.type, settings.parallel)
     whole = Qwen35.from_config(config, seed=1, mtp=bool(mtp))
     model = whole
     if is_shared:
@@ -128,37 +128,19 @@ def some_steps(case: dict, is_shared: bool) -> dict:
     if is_shared:
         apply_context_parallel(model, meshes)
         shard(model, meshes, torch.float32)
-        model.to_empty(device=HOST)
-        with torch.no_grad():
-            for p, q in zip(model.parameters(), whole.parameters(), strict=True):
-                p.copy_(distribute_tensor(q, p.device_mesh, p.placements) if hasattr(p, "placements") else q)
+        fill_from(model, whole)
     model.recompute(case.get("recompute", False))
-    settings = Settings(
-        DataSettings(DatasetParam(BasicParameters("x"))),
-        ModelSettings(
-            "x",
-            mtp_num_layers=mtp,
-            mtp_loss_scaling_factor=0.3,
-            loss_cfg=LossCfg(case.get("loss_type", "default"), 0.1),
-        ),
-        TrainingSettings(train_iters=STEPS, save="x", lr=1e-2, weight_decay=0.1, adam_eps=1e-4, clip_grad=0.05),
-        parallel,
-    )
     if is_shared and case.get("on_host"):
         model.model.language_model.offload = Offload(HOST, min_bytes=0).stash
-        settings = dataclasses.replace(
-            settings, training=dataclasses.replace(settings.training, optimizer="adamw_swap")
-        )
     optimizer = make_optimizer(model, settings.training)
     gradients: dict[str, torch.Tensor] = {}
 
     def keep(*_) -> None:
         if not gradients:
-            gradients.update((n, full(p.grad).clone()) for n, p in model.named_parameters() if p.grad is not None)
+            gradients.update((n, full(p.grad)) for n, p in model.named_parameters() if p.grad is not None)
 
     optimizer.register_step_pre_hook(keep)
-    norm = GradientNorm(model, meshes.weights["shard"].get_group())
-    run = Run(settings, HOST, meshes, model, optimizer, norm, iter([]), 0, {})
+    run = run_of(model, settings, meshes, optimizer)
     mine = case.get("batches", BATCHES)[meshes.data_rank :: meshes.data_size]
     records = [train_step(run, mine, 1e-2, 0.0) for _ in range(STEPS)]
     sums = torch.stack([torch.cat([r.sums, torch.tensor([r.flops, len(r.bad_records)])]) for r in records])
@@ -167,7 +149,7 @@ def some_steps(case: dict, is_shared: bool) -> dict:
         "sums": sums,
         "norms": torch.stack([r.group_squares.sum().sqrt() for r in records]),
         "gradients": gradients,
-        "weights": {n: full(p.detach()) for n, p in model.named_parameters()},
+        "weights": {n: full(p) for n, p in model.named_parameters()},
     }
 
 

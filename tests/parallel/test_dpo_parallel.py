@@ -6,35 +6,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from peer import ONE_OF_EACH, PATCH_VALUES, config_dict, sample
-from test_lora_parallel import OfModel, full, run
+from small_steps import BIN, BUCKET, full, run_of, settings_of
+from test_lora_parallel import OfModel, run
 
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint.hf_names import saved_parameters
 from qwen35.checkpoint.slices import fill
-from qwen35.config.schema import (
-    BasicParameters,
-    DatasetParam,
-    DataSettings,
-    DpoSettings,
-    LoraSettings,
-    LossCfg,
-    ModelSettings,
-    ParallelSettings,
-    Settings,
-    TrainingSettings,
-)
+from qwen35.config.schema import DpoSettings, LoraSettings, LossCfg
 from qwen35.data.collator import collate
 from qwen35.data.dataset import Sample
 from qwen35.device import HOST
 from qwen35.model import Qwen35, load_config
 from qwen35.model.lora import is_adapter
 from qwen35.parallel.mesh import make_meshes
-from qwen35.train import Run, distribute, train_step
-from qwen35.training.adapters import InitialAdapters, choose_trained
+from qwen35.train import distribute, train_step
+from qwen35.training.adapters import InitialAdapters, make_model
 from qwen35.training.dpo import METRICS
-from qwen35.training.optimizer import GradientNorm
 
-STEPS, BIN, BUCKET = 2, 64, 32
+STEPS = 2
 # of each step the micro-batches, of these the pairs' prompts and answers; one has none
 MICRO_BATCHES = [[([9, (4, 6)], 8, 5)], [([4], 6, 9), ([2], 11, 5)], [], [([7, (4, 4), 3], 9, 8)]]
 LORA = LoraSettings(r=8, target_modules=("q_proj", "o_proj"), target_parameters=("mlp.experts.down_proj",))
@@ -74,30 +63,17 @@ def batch_of(step: int, number: int, with_reference: bool) -> PackedBatch:
 def some_steps(dpo: DpoSettings | None = None, lora: LoraSettings | None = None, **parallel) -> dict:
     """Sums over the ranks of all steps, norms, gradients of the first, weights after the last."""
     config = config_dict(**ONE_OF_EACH)
-    t = TrainingSettings(
-        train_iters=STEPS,
-        save="x",
-        lr=1e-2,
-        adam_eps=1e-4,
-        dtype="fp32",
-        lora=lora,
-        stage="dpo",
-        dpo=dpo or DpoSettings(),
-    )
-    data = DataSettings(DatasetParam(BasicParameters("x")))
-    model_settings = ModelSettings("x", loss_cfg=LossCfg(router_aux_loss_coef=0.1))
-    settings = Settings(data, model_settings, t, ParallelSettings(**parallel))
+    t = {"train_iters": STEPS, "lr": 1e-2, "adam_eps": 1e-4, "dtype": "fp32", "stage": "dpo"}
+    loss = {"loss_cfg": LossCfg(router_aux_loss_coef=0.1)}
+    settings = settings_of(loss, parallel, lora=lora, dpo=dpo or DpoSettings(), **t)
     meshes = make_meshes(HOST.type, settings.parallel)
-    with torch.device("meta"):
-        model = Qwen35(load_config(config))
-    choose_trained(model, settings)
+    model = make_model(settings, load_config(config))
     adam = distribute(settings, model, meshes, HOST)
     named = dict(model.named_parameters())
     fill({n: p for n, p in named.items() if not is_adapter(n)}, OfModel(Qwen35.from_config(config, seed=1)))
     if lora:
         fill(saved_parameters(model), InitialAdapters(saved_parameters(model), 5))
-    gradients = GradientNorm(model, meshes.weights["shard"].get_group())
-    run = Run(settings, HOST, meshes, model, adam, gradients, iter([]), 0, {})
+    run = run_of(model, settings, meshes, adam)
     found: dict = {"sums": [], "norms": [], "gradients": [], "load": []}
     adam.register_step_pre_hook(
         lambda *_: found["gradients"].append({n: full(p.grad) for n, p in named.items() if p.grad is not None})

@@ -9,25 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import spawn
-from peer import ONE_OF_EACH, PATCH_VALUES, config_dict, sample
+from peer import ONE_OF_EACH, config_dict, sample
 from ports import free_port
+from small_steps import collated, full, run_of, settings_of
 from torch.distributed.tensor import DTensor
 
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint.hf_names import saved_parameters
 from qwen35.checkpoint.slices import TensorSlice, TensorSpec, fill
-from qwen35.config.schema import (
-    BasicParameters,
-    DatasetParam,
-    DataSettings,
-    LoraSettings,
-    ModelSettings,
-    ParallelSettings,
-    Settings,
-    TrainingSettings,
-)
-from qwen35.data.collator import collate
-from qwen35.data.dataset import Sample
+from qwen35.config.schema import LoraSettings
 from qwen35.device import HOST, init_process
 from qwen35.model import Qwen35, load_config
 from qwen35.model.lora import adapters_off, is_adapter
@@ -35,12 +25,11 @@ from qwen35.parallel.fsdp import REPLICATED
 from qwen35.parallel.mesh import make_meshes
 from qwen35.rank import leave
 from qwen35.train import Run, distribute, train_step
-from qwen35.training.adapters import InitialAdapters, choose_trained
+from qwen35.training.adapters import InitialAdapters, make_model
 from qwen35.training.flops import Flops
 from qwen35.training.loss import token_weights
-from qwen35.training.optimizer import GradientNorm
 
-STEPS, BIN, BUCKET = 2, 64, 32  # in the first step only B has gradients
+STEPS = 2  # in the first only B has gradients
 MICRO_BATCHES = [[9, (4, 6), 8], [23], [30, (4, 4), 3], [11]]  # of each step
 LORA = LoraSettings(
     r=8,
@@ -91,15 +80,8 @@ def config_of(top_k: int) -> dict:
     return config_dict(num_experts_per_tok=top_k, **ONE_OF_EACH)
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
 def batch_of(step: int, number: int) -> PackedBatch:
-    s = sample(MICRO_BATCHES[number], seed=10 * step + number)
-    names = ("input_ids", "labels", "position_ids", "pixel_values", "grid_thw")
-    one = Sample(*(getattr(s, name) for name in names))
-    return collate([[one]], BIN, 0, BUCKET, load_config(config_dict()).vision_spec, PATCH_VALUES)
+    return collated(sample(MICRO_BATCHES[number], seed=10 * step + number))
 
 
 def some_steps(
@@ -107,31 +89,17 @@ def some_steps(
 ) -> dict:
     """Losses and norms of all steps, gradients of each, adapters and dtypes after the last."""
     config = config_of(top_k)
-    t = TrainingSettings(
-        train_iters=STEPS,
-        save="x",
-        lr=1e-2,
-        weight_decay=0.1,
-        adam_eps=1e-4,
-        optimizer=optimizer,
-        dtype=dtype,
-        lora=lora,
-    )
-    data = DataSettings(DatasetParam(BasicParameters("x")))
-    settings = Settings(data, ModelSettings("x"), t, ParallelSettings(**parallel))
+    t = {"train_iters": STEPS, "lr": 1e-2, "weight_decay": 0.1, "adam_eps": 1e-4}
+    settings = settings_of({}, parallel, optimizer=optimizer, dtype=dtype, lora=lora, **t)
     meshes = make_meshes(HOST.type, settings.parallel)
-    with torch.device("meta"):
-        model = Qwen35(load_config(config))
-    choose_trained(model, settings)
+    model = make_model(settings, load_config(config))
     plain_flops = Flops(model).flops_per
     adam = distribute(settings, model, meshes, HOST)
     named = dict(model.named_parameters())
     fill({n: p for n, p in named.items() if not is_adapter(n)}, OfModel(Qwen35.from_config(config, seed=1)))
     fill(saved_parameters(model), InitialAdapters(saved_parameters(model), 5))
     initial = {n: full(p) for n, p in saved_parameters(model).items()}
-    run = Run(
-        settings, HOST, meshes, model, adam, GradientNorm(model, meshes.weights["shard"].get_group()), iter([]), 0, {}
-    )
+    run = run_of(model, settings, meshes, adam)
     assert run.flops.flops_per == plain_flops
     found: dict = {"losses": [], "norms": [], "gradients": [], "initial": initial}
     adam.register_step_pre_hook(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from forked import spawn
 from peer import config_dict, pack, sample
 from ports import free_port
-from torch.distributed.tensor import distribute_tensor
+from small_steps import fill_from, full
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qwen35.config.load import load_settings
@@ -36,10 +36,6 @@ BATCHES = [
     pack([sample([17], seed=5)]),
 ]
 BATCHES[3].labels.fill_(-100)
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def worker(rank: int, world: int, port: int, out: Path, cases: dict[str, dict]) -> None:
@@ -73,13 +69,7 @@ def train(
         model = Qwen35(load_config(config))
     parameter_groups.freeze(model, freeze)
     shard(model, meshes, torch.float32)
-    model.to_empty(device=device)
-    with torch.no_grad():
-        for p, q in zip(model.parameters(), whole.parameters(), strict=True):
-            if hasattr(p, "placements"):
-                p.copy_(distribute_tensor(q.detach(), p.device_mesh, p.placements))
-            else:
-                p.copy_(q)
+    fill_from(model, whole)
     model.recompute(recompute)
     if offload:
         model.model.language_model.offload = Offload(device, 0).stash
@@ -101,10 +91,10 @@ def train(
         norms.append(float(squares.sum().sqrt()))
         norm.clip(squares.sum().sqrt(), 0.05)
         if step == 0:
-            gradients = {n: full(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+            gradients = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
         adam.step()
         adam.zero_grad()
-    weights = {n: full(p.detach()) for n, p in model.named_parameters()}
+    weights = {n: full(p) for n, p in model.named_parameters()}
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
 
 

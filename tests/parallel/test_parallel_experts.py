@@ -14,7 +14,7 @@ from checkpoint_cases import save_checkpoint
 from forked import spawn
 from hf_folder import write_hf
 from peer import ONE_OF_EACH, config_dict, pack, sample
-from torch.distributed.tensor import DTensor
+from small_steps import full
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen35.batch import PackedBatch
@@ -80,17 +80,13 @@ def loss_of(model: Qwen35, batch: PackedBatch) -> torch.Tensor:
     return both.detach()
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def gradients_of(model: Qwen35) -> dict[str, torch.Tensor]:
-    return {n: full(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
 
 
 def result(model: Qwen35, losses: list[float], norms: list[float], gradients: dict) -> dict:
     """Losses and norms of all steps, clipped gradients of the first, weights after the last."""
-    weights = {n: full(p.detach()) for n, p in model.named_parameters()}
+    weights = {n: full(p) for n, p in model.named_parameters()}
     return {
         "losses": losses,
         "norms": norms,

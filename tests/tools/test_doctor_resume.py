@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from checkpoint_cases import as_before
 from safetensors.torch import load_file, save_file
 from training_runs import ROOT, train
 
@@ -47,12 +48,23 @@ def other_records(workplace: Path, folder: Path) -> list[str]:
     return [f"{BASIC}.dataset={folder / 'records.json'}", "training.train_iters=20"]
 
 
+def damaged_balance(_: Path, folder: Path) -> list[str]:
+    checkpoint = newest_checkpoint(folder / "run")
+    assert checkpoint
+    extra = checkpoint / "extra.json"
+    extra.write_text(json.dumps(json.loads(extra.read_text()) | {"expert_balance": 1}))
+    as_before(checkpoint)  # which has no checksums
+    balance = ["training.expert_balance=1.5", "parallel.expert_parallel_size=2", "training.save_interval=5"]
+    return [*balance, "training.train_iters=20"]
+
+
 CASES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
     "records": (other_records, "was trained on other data, or in another order"),
     "seed": (lambda *_: ["training.seed=7", "training.train_iters=20"], "training.seed: "),
     "length": (lambda *_: [f"{BASIC}.cutoff_len=200", "training.train_iters=20"], "cutoff_len: 160 -> 200"),
     "steps": (lambda *_: ["training.micro_batch_size=2"], "packed sequences per step"),
     "adapters": (lambda *_: ["training.lora.r=8"], "holds a run without adapters; name another folder"),
+    "expert balance": (damaged_balance, "extra.json: does not hold expert_balance as a run writes it"),
     "finished": (lambda *_: ["training.lr=0.5"], "holds 10 steps of other settings (training.lr: "),
 }
 

@@ -336,8 +336,10 @@ def test_a_run_of_epochs_is_looked_at_with_its_steps(
         "training.save_interval=1",
         "training.gradient_accumulation_steps=8",
     ]
-    text = "\n".join(lines(recipe.recipe(m, RECIPE, epochs)))
+    broken = [*epochs, "data.dataset_param.basic_parameters.dataset=none.json"]
+    text = "\n".join(lines(recipe.recipe(m, RECIPE, broken)))
     assert re.search(r"disk +\S+: at least 1 checkpoint of [\d,]+ bytes", text)
+    text = "\n".join(lines(recipe.recipe(m, RECIPE, epochs)))
     found = re.search(r"disk +\S+: over (\d+) steps, (\d+) checkpoints of ([\d,]+) bytes", text)
     assert found and found[1] == found[2] and int(found[1]) % 2 == 0
     usage, size = shutil.disk_usage("/"), int(found[3].replace(",", ""))

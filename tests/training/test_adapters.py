@@ -3,23 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-from peer import PATCH_VALUES, config_dict, sample
+from peer import config_dict, sample
+from small_steps import collated, run_of, settings_of
 
-from qwen35.batch import PackedBatch
 from qwen35.checkpoint.hf_names import saved_parameters
 from qwen35.checkpoint.slices import fill
-from qwen35.config.schema import (
-    BasicParameters,
-    DatasetParam,
-    DataSettings,
-    LoraSettings,
-    ModelSettings,
-    ParallelSettings,
-    Settings,
-    TrainingSettings,
-)
-from qwen35.data.collator import collate
-from qwen35.data.dataset import Sample
+from qwen35.config.schema import LoraSettings, Settings
 from qwen35.device import HOST
 from qwen35.errors import SettingError
 from qwen35.model import Qwen35
@@ -27,7 +16,6 @@ from qwen35.parallel.mesh import make_meshes
 from qwen35.train import Run, train_step
 from qwen35.training.adapters import InitialAdapters, choose_trained, serving_warnings
 from qwen35.training.metrics import Metrics, RunError
-from qwen35.training.optimizer import GradientNorm, make_optimizer
 from qwen35.training.parameter_groups import parameter_table
 
 LORA = LoraSettings(
@@ -45,36 +33,26 @@ def alone():
     dist.destroy_process_group()
 
 
-def settings_of(lora: LoraSettings) -> Settings:
-    t = TrainingSettings(train_iters=9, save="x", lr=1e-2, lora=lora)
-    return Settings(DataSettings(DatasetParam(BasicParameters("x"))), ModelSettings("x"), t)
+def settings_for(lora: LoraSettings) -> Settings:
+    return settings_of(train_iters=9, lr=1e-2, lora=lora)
 
 
-def run_of(settings: Settings) -> Run:
+def adapted(settings: Settings) -> Run:
     model = Qwen35.from_config(config_dict(), seed=1)
     choose_trained(model, settings)
     fill(saved_parameters(model), InitialAdapters(saved_parameters(model), 3))
-    meshes = make_meshes(HOST.type, ParallelSettings())
-    optimizer, norm = make_optimizer(model, settings.training), GradientNorm(model, meshes.weights["shard"].get_group())
-    return Run(settings, HOST, meshes, model, optimizer, norm, iter([]), 0, {})
-
-
-def batch_of(parts: list, seed: int) -> PackedBatch:
-    s = sample(parts, seed=seed)
-    names = ("input_ids", "labels", "position_ids", "pixel_values", "grid_thw")
-    spec = Qwen35.from_config(config_dict()).config.vision_spec
-    return collate([[Sample(*(getattr(s, name) for name in names))]], 64, 0, 32, spec, PATCH_VALUES)
+    return run_of(model, settings, make_meshes(HOST.type, settings.parallel))
 
 
 def steps(run: Run, folder, parts: list, count: int, patience: int) -> None:
     metrics = Metrics(folder, list(run.gradients.groups), 9, 0, HOST, None)
     for number in range(count):
-        metrics.record(train_step(run, [batch_of(parts, number)], 1e-2, 0.0))
+        metrics.record(train_step(run, [collated(sample(parts, seed=number))], 1e-2, 0.0))
         metrics.flush(patience)
 
 
 def test_an_adapter_that_learns_nothing_stops_the_run_by_its_name(alone, tmp_path):
-    run = run_of(settings_of(LORA))
+    run = adapted(settings_for(LORA))
     dead = run.model.model.language_model.layers[3].self_attn.o_proj
     with torch.no_grad():
         dead.lora_A.zero_()  # B is zero as well, so that neither moves the other
@@ -87,7 +65,7 @@ def test_an_adapter_that_learns_nothing_stops_the_run_by_its_name(alone, tmp_pat
 
 def test_idle_experts_and_a_tower_without_images_are_no_fault(alone, tmp_path):
     """With a patience of one step, although A has no gradient in the first."""
-    run = run_of(settings_of(LORA))
+    run = adapted(settings_for(LORA))
     for layer in run.model.model.language_model.layers:
         layer.mlp.gate.weight.data[2:] = 0
     steps(run, tmp_path, [40], 4, patience=1)
@@ -99,7 +77,7 @@ def test_idle_experts_and_a_tower_without_images_are_no_fault(alone, tmp_path):
 
 
 def test_the_optimizer_and_the_table_hold_adapters_alone(alone):
-    run = run_of(settings_of(LORA))
+    run = adapted(settings_for(LORA))
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in saved_parameters(run.model).values()}
     row = next(line for line in parameter_table(run.model).splitlines() if line.startswith("experts"))
@@ -110,16 +88,17 @@ def test_the_optimizer_and_the_table_hold_adapters_alone(alone):
 def test_what_servers_do_not_load_is_a_warning(alone):
     model = Qwen35.from_config(config_dict())
     choose_trained(
-        model, settings_of(LoraSettings(8, target_modules=("in_proj_z",), target_parameters=LORA.target_parameters[:1]))
+        model,
+        settings_for(LoraSettings(8, target_modules=("in_proj_z",), target_parameters=LORA.target_parameters[:1])),
     )
     first, second = serving_warnings(model)
     assert "in_proj_z has an adapter and in_proj_qkv none" in first
     assert "experts.gate_up_proj has an adapter and experts.down_proj none" in second
     model = Qwen35.from_config(config_dict())
-    choose_trained(model, settings_of(LoraSettings(8)))
+    choose_trained(model, settings_for(LoraSettings(8)))
     assert serving_warnings(model) == []
 
 
 def test_a_name_that_matches_nothing_is_an_error_of_the_setting(alone):
     with pytest.raises(SettingError, match=r"training\.lora: qproj matches no linear module"):
-        choose_trained(Qwen35.from_config(config_dict()), settings_of(LoraSettings(8, target_modules=("qproj",))))
+        choose_trained(Qwen35.from_config(config_dict()), settings_for(LoraSettings(8, target_modules=("qproj",))))

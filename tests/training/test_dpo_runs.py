@@ -372,6 +372,20 @@ def test_adapters_learn_pairs_beside_their_base(workplace, tmp_path):
     assert sum(a > b for a, b in zip(sums[::2], sums[1::2], strict=True)) > 40
 
 
+def test_log_probabilities_of_weights_with_another_tokenizer_are_refused(workplace, tmp_path):
+    """They would be of tokens that mean something else to these weights."""
+    weights = shutil.copytree(workplace / "weights", tmp_path / "weights")
+    tokenizer = json.loads((weights / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    (weights / "tokenizer.json").write_text(json.dumps(tokenizer))
+    out = tmp_path / "out.jsonl"
+    assert "gives 2 tokens other ids than" in refused(
+        workplace, tmp_path, str(out), f"training.init_from_hf_path={weights}"
+    )
+    assert not out.exists()
+
+
 def test_a_model_that_reads_answers_learns_to_prefer_them(workplace, tmp_path):
     """The tiny recipe in small: the margin grows, and held-out accuracy does not fall."""
     sft, save = tmp_path / "sft", tmp_path / "run"

@@ -22,7 +22,7 @@ from forked import Forked, ran, run_code
 from kills import Series
 from training_runs import RECIPE, STEPS, assert_same_run, start_training, tensors, train
 
-from qwen35.checkpoint.dcp import CheckpointInfo, decode, encode
+from qwen35.checkpoint.dcp import CheckpointInfo, decode, encode, read_info
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import INCOMPLETE, remove_leftovers
@@ -37,7 +37,7 @@ from qwen35.training.metrics import read_metrics
 from qwen35.training.resume import (
     check_disk,
     check_extra,
-    read_checked_info,
+    check_place,
     restore_rng,
     rng_states,
     sequences_per_step,
@@ -257,10 +257,10 @@ def test_damaged_extra_data_is_one_line(workplace, tmp_path, alone, kind):
         "mtp_num_layers": 0,
     }
     checkpoint = save_checkpoint(tmp_path, 3, torch.nn.Linear(2, 2), None, position, rng_states(HOST))
-    read_checked_info(checkpoint, settings, HOST)
+    check_place(read_info(checkpoint), settings, HOST)
     break_it(checkpoint)
     with pytest.raises(UserError) as caught:
-        read_checked_info(checkpoint, settings, HOST)
+        check_place(read_info(checkpoint), settings, HOST)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

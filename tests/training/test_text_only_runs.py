@@ -223,9 +223,7 @@ def test_modules_of_a_tower_are_refused_by_the_names_that_there_are(place):
 def test_doctor_looks_at_it(place, tmp_path):
     settings = load_settings(place / "recipe.yaml", [f"training.save={tmp_path}/run"])
     found: list = []
-    machine = Machine()
-    whole, loaded = doctor.model(machine, settings, found, 1)
-    found += doctor.records(settings, whole, loaded, 1)
+    doctor.look(Machine(), settings, found, 1)
     told = [f for f in found if f.status != "ok"]  # of the folder: how a server of it would prompt and stop
     assert [f.status for f in told] == ["note", "note"], found
     assert "enable_thinking" in told[0].fact and "eos_token_id" in told[1].fact

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from qwen35.errors import Parser
 from qwen35.tools.doctor.ascend import ascend
-from qwen35.tools.doctor.host import Finding, Machine, imports, installation, note, ok, wrong
+from qwen35.tools.doctor.host import Finding, Machine, installation, note, ok, wrong
 
 NEEDED = "an NPU run would still need:"
 
@@ -20,15 +20,13 @@ def examine(m: Machine, values: Sequence[str], config: str, overrides: Sequence[
     """
     found = [wrong("env.sh", line, "set it there, or on the command line") for line in values]
     found = [*(found or [ok("env.sh", "every value is allowed")]), *installation(m)]
-    if not {"Python", "installation"} & {f.subject for f in found if f.status == "wrong"}:
-        found.append(imports(m))
     is_usable = found[-1].subject == "import torch" and found[-1].status == "ok"
     found += ascend(m) if m.accelerator else []
-    if is_usable:
-        from qwen35.tools.doctor.recipe import host, recipe
+    if not is_usable:
+        return [*found, note("recipe", f"{config} is not checked: that needs an installation")]
+    from qwen35.tools.doctor.recipe import host, recipe
 
-        return [*found, *host(m), *recipe(m, config, list(overrides))]
-    return [*found, note("recipe", f"{config} is not checked: that needs an installation")]
+    return [*found, *host(m), *recipe(m, config, list(overrides))]
 
 
 def still_needed(m: Machine) -> list[Finding]:

@@ -29,47 +29,42 @@ def ascend(m: Machine) -> list[Finding]:
 
 def cann(m: Machine) -> Iterator[Finding]:
     home, todo = Path(m.get("ASCEND_HOME_PATH") or "nowhere"), f"install one of CANN {supported()}"
-    version = cann_version(home)
+    version, place = cann_version(home), m.get("CANN_PATH") or "/usr/local/Ascend"
+    operators = home / f"{platform.machine()}-linux/ascend_ops_install.info"
     if not home.is_dir():
-        fact = f"no set_env.sh in {m.get('CANN_PATH') or '/usr/local/Ascend'}, nor in cann/ or ascend-toolkit/ below it"
+        fact = f"no set_env.sh in {place}, nor in cann/ or ascend-toolkit/ below it"
         yield wrong("CANN", fact, f"{todo}, or set CANN_PATH to where it is")
-    elif not version or not of_cann(version):
-        fact = (
-            f"{version} in {home}: there is no known torch_npu for it"
-            if version
-            else f"{home} does not say its version"
-        )
-        yield wrong("CANN", fact, todo)
+    elif not version:
+        yield wrong("CANN", f"{home} does not say its version", todo)
+    elif not of_cann(version):
+        yield wrong("CANN", f"{version} in {home}: there is no known torch_npu for it", todo)
     else:
         yield ok("CANN", f"{version} in {home}")
-        operators = home / f"{platform.machine()}-linux/ascend_ops_install.info"
         if not operators.is_file():
             todo = "check that CANN's package of operators for this chip is installed (Ascend-cann-…-ops)"
             yield note("CANN", f"no {operators}", todo)
         elif (other := first_match(operators, r"^version=(\S+)")) != version:
-            fact = f"{version}, but its operators are of {other}"
-            yield wrong("CANN", fact, "install the package of operators of the same version")
+            todo = "install the package of operators of the same version"
+            yield wrong("CANN", f"{version}, but its operators are of {other}", todo)
 
 
 def packages(m: Machine) -> Iterator[Finding]:
     """Whether torch_npu and triton-ascend fit this CANN, by scripts/requirements/versions.txt."""
-    versions = {
-        name: found.version for name in ("torch-npu", "triton-ascend", *CANN_BELOW) if (found := m.package(name))
-    }
+    names = ("torch-npu", "triton-ascend", "triton", *CANN_BELOW)
+    versions = {name: found.version for name in names if (found := m.package(name))}
     torch_npu, triton_ascend = versions.get("torch-npu"), versions.get("triton-ascend")
     if torch_npu is None:
         yield wrong("torch-npu", "is not installed", NPU)
         return
     if new := [f"{n} {versions[n]}" for n, below in CANN_BELOW.items() if release(versions.get(n, "0")) >= (below,)]:
         yield wrong("CANN's imports", f"{', '.join(new)}: CANN needs numpy<2, protobuf<4", NPU)
-    if m.package("triton") and triton_ascend and release(triton_ascend) < (3, 2, 1):  # later ones require triton
+    if "triton" in versions and triton_ascend and release(triton_ascend) < (3, 2, 1):  # later ones require triton
         todo = f"{m.python} -m pip uninstall triton triton-ascend, then make install"
         yield wrong("triton-ascend", "triton is installed too and overwrites its files", todo)
     version = cann_version(Path(m.get("ASCEND_HOME_PATH") or "nowhere"))
     if not version or not (rows := of_cann(version)):
         return  # cann() reports it
     known, todo = of_torch_npu(torch_npu), f"{NPU} installs {rows[0].torch_npu}"
-    stack = known if known in rows else rows[0]
     if known is None:
         yield wrong("torch-npu", f"{torch_npu} is for no known CANN, this is {version}", todo)
         return
@@ -78,6 +73,7 @@ def packages(m: Machine) -> Iterator[Finding]:
     else:  # TorchNPU's release notes: each release from 7.3 to 26.2 with each CANN from 8.5 to 9.2
         fact = f"{torch_npu} is for CANN {known.cann}, this is {version}; its release notes call them compatible"
         yield note("torch-npu", fact, todo)
+    stack = known if known in rows else rows[0]
     if triton_ascend is None:
         yield note("triton-ascend", *(stack.no_triton(m.python_version) or ("is not installed", NPU)))
     elif release(triton_ascend) == release(stack.triton_ascend):
@@ -92,9 +88,9 @@ def driver(m: Machine) -> Finding:
     file = m.files / where.lstrip("/") / "driver/version.info"
     if not (version := first_match(file, r"^Version=(\S+)")):
         return wrong("driver", f"no version in {file}", "install the NPU driver, or mount it into the container")
-    if missing := [name for name in DRIVER_DEVICES if not (m.files / "dev" / name).exists()]:
-        flags = " ".join(f"--device /dev/{name}" for name in missing)
-        return wrong("driver", f"no /dev/{', /dev/'.join(missing)}", f"start the container with {flags}")
+    if missing := [f"/dev/{name}" for name in DRIVER_DEVICES if not (m.files / "dev" / name).exists()]:
+        todo = f"start the container with --device {' --device '.join(missing)}"
+        return wrong("driver", f"no {', '.join(missing)}", todo)
     return ok("driver", version)
 
 
@@ -111,21 +107,19 @@ def npus(m: Machine) -> Iterator[Finding]:
     if (asked := m.number("NPUS_PER_NODE", 0)) > len(visible):
         fact = f"NPUS_PER_NODE={asked}, but {len(visible)} {'is' if len(visible) == 1 else 'are'} visible"
         yield wrong("NPUs", fact, f"at most {len(visible)}")
-    fact, program = f"{len(visible)} of {present} visible", shutil.which("npu-smi", path=m.get("PATH"))
+    program = shutil.which("npu-smi", path=m.get("PATH"))
     table, failure = m.ask("npu-smi", program, "info") if program else ("", "")
-    chips = read_table(table)
-    if failure or not chips:
-        yield ok("NPUs", fact)
-        if program:
-            todo = "check that the driver runs, and that this user may use it"
-            yield wrong("npu-smi", failure or "info shows no NPU", todo)
-        else:
-            yield note("npu-smi", "is not on PATH: whether NPUs are in use is not known", "it comes with the driver")
-        return
+    chips = [] if failure else read_table(table)
     # programs number the NPUs by their order in npu-smi's table, from 0
     shown = [(n, *chips[n if chosen else i]) for i, n in enumerate(visible) if (n if chosen else i) < len(chips)]
     free = [n for n, _, _, users in shown if not users]
-    yield ok("NPUs", f"{fact}, {len(free)} free; {', '.join(sorted({kind for _, kind, _, _ in shown}))}")
+    about = f", {len(free)} free; {', '.join(sorted({kind for _, kind, _, _ in shown}))}" if chips else ""
+    yield ok("NPUs", f"{len(visible)} of {present} visible{about}")
+    if not program:
+        yield note("npu-smi", "is not on PATH: whether NPUs are in use is not known", "it comes with the driver")
+    elif not chips:
+        todo = "check that the driver runs, and that this user may use it"
+        yield wrong("npu-smi", failure or "info shows no NPU", todo)
     for n, _, health, users in shown:
         if health != "OK":
             todo = "see npu-smi info -t health, or leave it out of ASCEND_RT_VISIBLE_DEVICES"

@@ -37,7 +37,7 @@ class Machine:
     accelerator: str | None = None  # torch's device type of this installation; None: the host
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)  # as scripts/doctor.sh exported it
     root: Path = field(default_factory=Path.cwd)  # the project's folder
-    files: Path = Path("/")  # the root of dev, proc, sys, etc and usr/local/Ascend
+    files: Path = Path("/")  # the root of dev, etc and usr/local/Ascend
     site: tuple[str, ...] = field(default_factory=lambda: tuple(sys.path))  # where packages are installed
     python: str = sys.executable
     python_version: tuple[int, ...] = tuple(sys.version_info[:3])
@@ -48,8 +48,7 @@ class Machine:
 
     def number(self, name: str, default: int) -> int:
         """A variable of env.sh as a number; the default if it is none, which env.sh reports."""
-        value = self.get(name)
-        return int(value) if value.isdecimal() else default
+        return int(self.get(name)) if self.get(name).isdecimal() else default
 
     def package(self, name: str) -> Distribution | None:
         return next(iter(distributions(name=name, path=list(self.site))), None)
@@ -82,7 +81,7 @@ class Machine:
 
 
 def installation(m: Machine) -> Iterator[Finding]:
-    """Whether .venv has what the lock file pins. Otherwise nothing that needs it can be checked."""
+    """Whether .venv has what the lock file pins and can import it: to the first that ends all."""
     version = f"{'.'.join(map(str, m.python_version))}, {m.python}"
     if not (3, 10) <= m.python_version[:2] <= (3, 12):
         yield wrong("Python", f"{version}: not 3.10 to 3.12", "choose another: PYTHON=… make install")
@@ -97,19 +96,18 @@ def installation(m: Machine) -> Iterator[Finding]:
         half = "incomplete" if stamp.parent.is_dir() else "there is none yet"
         yield wrong("installation", f"{stamp} names no lock file" if device else half, INSTALL)
         return
-    lines = re.findall(r"^([\w.-]+)==([^ +\n]+)\S*( ;)?", stack.pins(pinned) if stack else pinned, re.MULTILINE)
-    pins = {(name, version) for name, version, _ in lines}  # a marker chooses between two of a name
-    found = {name: package.version for name, _ in pins if (package := m.package(name))}
+    pins = re.findall(r"^([\w.-]+)==([^ +\n]+)\S*( ;)?", stack.pins(pinned) if stack else pinned, re.MULTILINE)
+    found = {name: package.version for name, *_ in pins if (package := m.package(name))}
+    missing = [name for name, _, has_marker in pins if not has_marker and name not in found]
     ours = m.package("qwen35")
-    missing = [name for name, _, has_marker in lines if not has_marker and name not in found]
     if missing or not ours:
         yield wrong("installation", f"{', '.join(missing or ['qwen35'])} of {lock.name} missing", INSTALL)
         return
-    others = [f"{name} {version}" for name, version in found.items() if (name, version.partition("+")[0]) not in pins]
     for name, (oldest, newest) in TESTED.items():
         if not is_tested(name, version := found.get(name, "not installed")):
             yield wrong(name, f"{version}: the code is for {oldest} to {newest}", INSTALL)
-    if others:
+    either = {(name, version) for name, version, _ in pins}  # a marker chooses between two of a name
+    if others := [f"{name} {v}" for name, v in found.items() if (name, v.partition("+")[0]) not in either]:
         fact = f"other versions than {lock.name} pins, which the tests have run on: {', '.join(others)}"
         yield note("installation", fact, "make install restores the pinned versions")
     else:
@@ -117,16 +115,16 @@ def installation(m: Machine) -> Iterator[Finding]:
     url = json.loads(ours.read_text("direct_url.json") or "{}").get("url", "elsewhere")
     if url != m.root.resolve().as_uri():
         yield note("qwen35", f"mm-convert is the one in {url}", "make install installs this folder's")
+    yield imports(m)
 
 
 def imports(m: Machine) -> Finding:
     """Import what a run imports in a subprocess, since an incompatible library may crash it."""
     printed, failure = m.ask("import", m.python, "-c", PROBE)
+    todo = "see the lines about CANN, driver and torch-npu" if m.accelerator else INSTALL
     if failure:
-        todo = "see the lines about CANN and the driver" if m.accelerator else INSTALL
         return wrong("import torch", failure, todo)
     (version, devices), visible = json.loads(printed.splitlines()[-1]), len(m.visible())
     if m.accelerator and not 0 < devices == visible:
-        todo = "see the lines about CANN, driver and torch-npu"
         return wrong("import torch", f"sees {devices} of {visible} NPUs", todo)
     return ok("import torch", version + (f", sees {devices} NPUs" if m.accelerator else ""))

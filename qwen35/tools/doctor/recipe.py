@@ -17,7 +17,6 @@ import psutil
 import torch
 
 import kernels
-from qwen35.checkpoint.dcp import CheckpointInfo, read_info
 from qwen35.checkpoint.dcp_folder import find_newest, load_notes
 from qwen35.checkpoint.hf import check_export, not_read
 from qwen35.checkpoint.hf_names import saved_parameters
@@ -27,17 +26,17 @@ from qwen35.config.load import load_settings
 from qwen35.config.schema import Settings
 from qwen35.data import MicroBatches
 from qwen35.data.chat_template import describe
-from qwen35.data.other_tokenizers import other_tokenizers
 from qwen35.data.style import style_of
 from qwen35.data.tokenized import Progress
 from qwen35.device import HOST, enable_determinism
 from qwen35.errors import USER_ERRORS, SettingError, one_line
-from qwen35.model import Qwen35, load_config
+from qwen35.model import load_config
 from qwen35.network import interface_of
 from qwen35.tools.address import DEFAULT_PORT, check_address
 from qwen35.tools.doctor.host import Finding, Machine, note, ok, wrong
-from qwen35.training.adapters import choose_trained, serving_warnings
+from qwen35.training.adapters import make_model, serving_warnings
 from qwen35.training.best import Best
+from qwen35.training.expert_balance import kept
 from qwen35.training.length import count_steps
 from qwen35.training.parameter_groups import check_new_tokens, check_visuals, count
 from qwen35.training.resume import changes, check_disk, check_extra, check_finished, check_info, make_extra
@@ -54,6 +53,7 @@ BATCHES = 3  # in flight for each worker of a data loader: two prefetched, one i
 NO_CACHE = "data.dataset_param.basic_parameters.cache_dir=null"  # nothing is written
 TINY = ("configs/tiny.yaml", "configs/lora/tiny.yaml")
 TINY_MAKES = ("ckpt/hf_path/tiny", "ckpt/mm_path/tiny", "runs/tiny_base/hf", "data/digits/train.json")
+ALL_READ = "the run reads them all, compares the lengths of all with cutoff_len, and a resume's with its checkpoint"
 TODO = {
     "recipe": "change the setting, or NODES and NPUS_PER_NODE",
     "kernels": "see python -m kernels",
@@ -66,7 +66,7 @@ TODO = {
 
 
 class _TimeIsUpError(Exception):
-    """Reading takes too long; what was read until then is in order."""
+    """Reading takes too long; the message says how much was read until then, and is in order."""
 
 
 @contextmanager
@@ -74,10 +74,25 @@ def checking(found: list[Finding], subject: str, todo: str = "") -> Iterator[Non
     """Add the error of the block to the findings, and go on; one of a setting is the recipe's."""
     try:
         yield
+    except _TimeIsUpError as end:
+        found.append(note(subject, str(end), ALL_READ))
     except (*USER_ERRORS, kernels.KernelError) as error:
         if isinstance(error, SettingError) and not todo:
             subject = "recipe"
         found.append(wrong(subject, one_line(error), todo or TODO[subject]))
+
+
+def for_seconds() -> Progress:
+    """What a set calls for each record: it ends the reading after SECONDS."""
+    count, end = 0, time.monotonic() + SECONDS
+
+    def progress(record: str, records: int) -> None:
+        nonlocal count
+        count += records
+        if time.monotonic() > end:
+            raise _TimeIsUpError(f"no fault in the first {count:,} records, which took {SECONDS:.0f} s")
+
+    return progress
 
 
 def gib(size: float) -> str:
@@ -130,59 +145,76 @@ def recipe(m: Machine, config: str, overrides: list[str]) -> list[Finding]:
     named = {s.model.model_name_or_path, s.training.load, s.data.dataset_param.basic_parameters.dataset} - {None}
     missing = [name for name in TINY_MAKES if name in named and not (m.root / name).exists()]
     is_tiny = Path(config).absolute() in [(m.root / name).absolute() for name in TINY]
-    if missing and named <= set(TINY_MAKES) and is_tiny:
+    if missing and is_tiny and named <= {*TINY_MAKES}:
         return [*found, note("recipe", f"not made yet: {', '.join(missing)}", "make finetune makes them first")]
     with checking(found, "model"):
-        whole, loaded = model(m, s, found, world)
-        found += records(s, whole, loaded, world)
+        look(m, s, found, world)
     return found
 
 
-def model(m: Machine, s: Settings, found: list[Finding], world: int) -> tuple[Qwen35, CheckpointInfo | None]:
-    """The model, the weights it starts from, and the space that batches and checkpoints need.
+def look(m: Machine, s: Settings, found: list[Finding], world: int) -> None:
+    """At the model, its first weights, all records, and the space for batches and checkpoints.
 
-    Returns the model without values, and the checkpoint of a run that goes on.
+    Raises the errors of the model.
     """
-    folder, save, t = s.model.model_name_or_path, Path(s.training.save), s.training
-    unread, config, loaded = not_read(folder), load_config(folder), None
-    with torch.device("meta"):
-        whole = Qwen35(config, mtp=bool(s.model.mtp_num_layers))
-    choose_trained(whole, s)
-    check_export(whole, folder)
-    trained, frozen = (count(whole.parameters(), kind) for kind in (True, False))
+    t, data, folder, save = s.training, s.data.dataset_param, s.model.model_name_or_path, Path(s.training.save)
+    unread, model = not_read(folder), make_model(s, load_config(folder))
+    check_export(model, folder)
+    trained, frozen = (count(model.parameters(), kind) for kind in (True, False))
     found.append(ok("model", f"{folder}: {trained + frozen:,} parameters, {trained:,} trained"))
     with checking(found, "template"):
-        style = style_of(s.tokenizer_dir, s.data.dataset_param.basic_parameters)
-        found.append(ok("template", describe(s.tokenizer_dir, style)))
+        found.append(ok("template", describe(s.tokenizer_dir, style_of(s.tokenizer_dir, data.basic_parameters))))
+    loaded, done, steps = None, 0, t.train_iters
     with checking(found, "weights"):
         find_newest(save)
-        start = Start(choose_weights(s), whole, s)
-        unread += not_read(start.base) if start.is_hf and start.base != Path(folder) else []
-        unread += other_tokenizers(s, start.base)
-        if start.goes_on and (info := read_info(start.path)).step:
-            check_info(info, s, world)
-            loaded = info
-        is_named = start.path == Path(t.load or "")  # and not its folder
-        notes = [] if is_named else load_notes(start.path.parent, start.path)
-        facts = [*start.notes, *start.warnings, *notes]
-        found.append(ok("weights", "; ".join(facts).removeprefix("weights ")))
+        start = Start(choose_weights(s), model, s)
+        unread += start.unread
+        if start.info and start.step:
+            check_info(start.info, s, world)
+            loaded, done = start.info, start.step
+        notes = [line for of in {save, Path(t.load or "")} for line in load_notes(of, start.path)]
+        found.append(ok("weights", "; ".join([*start.notes, *start.warnings, *notes]).removeprefix("weights ")))
     found += [note("model", line, "ignore this if training does not need it") for line in unread]
-    found += [note("model", line) for line in serving_warnings(whole)]
-    with checking(found, "disk"):
+    found += [note("model", line) for line in serving_warnings(model)]
+    vision, loader = model.config.vision, s.data.dataloader_param
+    if vision and loader.num_workers:  # tokens alone take next to nothing
+        most = data.basic_parameters.cutoff_len * t.micro_batch_size * vision.spatial_merge_size**2  # patches
+        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * 4  # bytes in fp32
+        all_batches = m.processes() * loader.num_workers * BATCHES * patch
+        with checking(found, "/dev/shm", "mount it, as containers do by default"):
+            found.append(shared_memory(m, all_batches * loader.patch_bucket, all_batches * most))
+    batches: MicroBatches | None = None
+    with checking(found, "data", TODO["data"]):
+        batches = MicroBatches(s, 0, 1, progress=for_seconds())
+        steps = count_steps(s, batches, world)[0]
+        if loaded:
+            over = Best.before(t, loaded).why_over(t.early_stopping_patience)
+            if over and done < steps:
+                found.append(note("recipe", f"{over}: the run is over after step {done} of {steps}"))
+                steps = done
+            check_extra(loaded, make_extra(s, model.config, batches, world), s)
+            kept(t, loaded)  # raises if it is damaged
+            if done >= steps:
+                check_finished(save, done, changes(loaded.path.parent, s), s)
+        first, *others = batches.report().splitlines()
+        found.append(ok("data", first.removeprefix("data: ")))
+        others += [*batches.notes, *check_visuals(model, batches.dataset.images + batches.dataset.videos)]
+        others += check_new_tokens(model, batches.dataset.new_tokens())
+        found += [note("data", line.removeprefix("data: ")) for line in others]
+    with checking(found, "disk"):  # now that the number of steps is known
         if (save / LOCK).exists():
             with holding(save):  # no other job does
                 pass
-        step = (loaded and loaded.step) or 0
-        found.append(ok("disk", f"{save}: {check_disk(t, saved_parameters(whole).values(), step, t.train_iters)}"))
-    vision, loader = config.vision, s.data.dataloader_param
-    if vision is None:  # tokens alone take next to nothing
-        return whole, loaded
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * 4  # bytes in fp32
-    patches = s.data.dataset_param.basic_parameters.cutoff_len * t.micro_batch_size * vision.spatial_merge_size**2
-    if batches := m.processes() * loader.num_workers * BATCHES:
-        with checking(found, "/dev/shm", "mount it, as containers do by default"):
-            found.append(shared_memory(m, batches * loader.patch_bucket * patch, batches * patches * patch))
-    return whole, loaded
+        over = f"over {number_of(steps, 'step')}, " if steps and t.train_epochs else ""
+        found.append(
+            ok("disk", f"{save}: {over}{check_disk(t, saved_parameters(model).values(), done, t.train_iters or steps)}")
+        )
+    with checking(found, "validation", TODO["data"]):
+        if s.validation:
+            alone: Any = SimpleNamespace(data_rank=0, data_size=1)  # all that is read of the meshes here
+            validation = Validation(s.validation, alone, HOST, torch.float32, for_seconds(), data)
+            report = validation.report(batches.dataset if batches else None)
+            found.append(ok("validation", report.partition(": ")[2]))
 
 
 def shared_memory(m: Machine, least: int, most: int) -> Finding:
@@ -194,63 +226,3 @@ def shared_memory(m: Machine, least: int, most: int) -> Finding:
     if free >= least:
         return note("/dev/shm", f"{gib(free)} free, enough unless batches are full of images ({gib(most)})", todo)
     return wrong("/dev/shm", f"{gib(free)} free, the data loaders need {gib(least)}", todo)
-
-
-def records(s: Settings, whole: Qwen35, loaded: CheckpointInfo | None, world: int) -> list[Finding]:
-    """All records of both sets, read as the run does, each set for at most SECONDS.
-
-    whole: the model. loaded: the checkpoint of a run that goes on, which must have been trained on
-    the same data.
-    """
-    found: list[Finding] = []
-    trained = None
-    with reading(found, "data") as progress:
-        batches = MicroBatches(s, 0, 1, progress=progress)
-        trained, steps = batches.dataset, count_steps(s, batches, world)[0]
-        if loaded and loaded.step:
-            over = Best.before(s.training, loaded).why_over(s.training.early_stopping_patience)
-            if over and loaded.step < steps:
-                found.append(note("recipe", f"{over}: the run is over after step {loaded.step} of {steps}"))
-                steps = loaded.step
-            config = load_config(s.model.model_name_or_path)
-            check_extra(loaded, make_extra(s, config, batches, world), s)
-            if loaded.step >= steps:
-                check_finished(Path(s.training.save), loaded.step, changes(loaded.path.parent, s), s)
-        if not s.training.train_iters:  # only now is the number of checkpoints known
-            with checking(found, "disk"):
-                done = (loaded and loaded.step) or 0
-                room = check_disk(s.training, saved_parameters(whole).values(), done, steps)
-                found.append(ok("disk", f"{s.training.save}: over {number_of(steps, 'step')}, {room}"))
-        first, *others = batches.report().splitlines()
-        found.append(ok("data", first.removeprefix("data: ")))
-        learnt = [
-            *check_visuals(whole, trained.images + trained.videos),
-            *check_new_tokens(whole, trained.new_tokens()),
-        ]
-        found += [note("data", line.removeprefix("data: ")) for line in (*others, *batches.notes, *learnt)]
-    if val := s.validation:
-        with reading(found, "validation") as progress:
-            alone: Any = SimpleNamespace(data_rank=0, data_size=1)  # all that is read of the meshes here
-            validation = Validation(val, alone, HOST, torch.float32, progress, s.data.dataset_param)
-            found.append(ok("validation", validation.report(trained).partition(": ")[2]))
-    return found
-
-
-@contextmanager
-def reading(found: list[Finding], subject: str) -> Iterator[Progress]:
-    """As `checking`, with what a set calls for each record. Without more time it is a note."""
-    count, end = 0, time.monotonic() + SECONDS
-
-    def progress(record: str, records: int) -> None:
-        nonlocal count
-        count += records
-        if time.monotonic() > end:
-            raise _TimeIsUpError
-
-    with checking(found, subject, TODO["data"]):
-        try:
-            yield progress
-        except _TimeIsUpError:
-            fact = f"no fault in the first {count:,} records, which took {SECONDS:.0f} s"
-            todo = "the run reads them all, compares the lengths of all with cutoff_len, and a resume's with its checkpoint"
-            found.append(note(subject, fact, todo))

@@ -17,12 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 from forked import Forked, launched
-from training_runs import ROOT, train_command
+from training_runs import ROOT, WORKER, train_command
 
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.training.metrics import read_metrics
 
-ENDLESS = ("training.train_iters=100000", "training.log_interval=1")
+ENDLESS = ("training.train_iters=100000", "training.log_interval=1", WORKER)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_a_run_completes_after_its_reader_has_left(workplace, tmp_path, monkeypa
     long.mkdir()
     monkeypatch.setenv("TMPDIR", str(long))
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = start(workplace, save, "training.log_interval=1", ranks=1, **both)
+    process = start(workplace, save, "training.log_interval=1", WORKER, ranks=1, **both)
     for _ in range(5):
         assert process.stdout.readline()
     process.stdout.close()

@@ -196,7 +196,7 @@ def test_bars_logs_and_warnings_outlive_their_reader():
     os.close(reader)
 
 
-# `python -m PROGRAM --help` of each, in a fork of what has done most of their imports, which ends as Python does
+# `python -m PROGRAM --help` of each, in a fork that need not import torch, and ends as Python does
 WITHOUT_READER = """
 import os, runpy, sys
 import torch.distributed.checkpoint

@@ -443,10 +443,12 @@ def test_a_save_folder_in_use_is_refused(workplace, tmp_path):
     save = tmp_path / "run"
     first = start_training(workplace, save, 1, "training.train_iters=100000")
     wait_for(lambda: read_metrics(save / "metrics.jsonl"), first)
+    [rank] = psutil.Process(first.pid).children()
+    rank.suspend()  # it need not train while the second waits for the folder
     second = train(workplace, save, 1, "training.train_iters=100000")
+    rank.resume()
     assert second.returncode == 1
-    rank = psutil.Process(first.pid).children()[0].pid
-    words = f"error: {save} is in use by another job (process {rank} on "
+    words = f"error: {save} is in use by another job (process {rank.pid} on "
     assert second.stderr.startswith(words) and second.stderr.count("\n") == 1
     assert first.poll() is None
     kill_all(first)

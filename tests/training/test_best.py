@@ -181,7 +181,7 @@ def test_the_best_checkpoint_stays_beside_the_newest(best):
 
 
 def test_a_resumed_run_knows_the_best_so_far(workplace, validating, best, tmp_path):
-    """Ended after four steps and after seven: the same checkpoints and the same run, bit for bit."""
+    """Ended after steps four and seven: the same checkpoints and the same run, bit for bit."""
     save, _ = best
     for steps in (4, 7, 9):
         done = train(workplace, tmp_path / "run", 2, *validating, *KEPT, f"training.train_iters={steps}")

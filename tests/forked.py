@@ -1,8 +1,8 @@
 """Commands, ranks and trainings forked from a server that has imported what they need.
 
-Imports take most of the time of a short training, and the plots of its page most of the rest. The
-forks differ from real ones only in that they do not exec, that all ranks have the same hash seed,
-and that a page has its plots' titles alone unless the environment has PLOTS.
+Imports take most of the time of a short training, and its plots most of the rest. The forks differ
+from real ones only in that they do not exec, that all ranks have the same hash seed, and that
+loss.png is empty and a page has its plots' titles alone unless the environment has PLOTS.
 """
 
 import atexit
@@ -243,6 +243,7 @@ def _reset(environment: dict[str, str]) -> None:
     tempfile.tempdir = None
     if PLOTS not in environment:
         report.as_svg = lambda plots: [title for title, _ in plots]
+        report.draw_loss = lambda run, folder: (folder / "loss.png").touch()
     for folder in environment.get("PYTHONPATH", "").split(":"):
         if (site := Path(folder, "sitecustomize.py")).is_file():  # as python does when it starts
             exec(compile(site.read_text(), site, "exec"), {})

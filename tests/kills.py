@@ -47,10 +47,10 @@ def folders(save: Path) -> set[str]:
 # what to wait for after a start, and the most seconds from then to the kill
 AIMS = {
     "the start": (lambda save, before: True, None),  # as long as a start takes
-    "a step": (lambda save, before: len(lines(save)) > before, 1.0),
-    "a save": (lambda save, before: any(name.endswith(".tmp") for name in folders(save)), 0.4),
+    "a step": (lambda save, before: len(lines(save)) > before, 0.5),
+    "a save": (lambda save, before: any(name.endswith(".tmp") for name in folders(save)), 0.2),
     "a removal": (lambda save, before: any(name.endswith(".gone") for name in folders(save)), 0.02),
-    "the end": (lambda save, before: f"iter_{STEPS:07}.tmp" in folders(save), 1.0),
+    "the end": (lambda save, before: f"iter_{STEPS:07}.tmp" in folders(save), 0.3),
 }
 
 
@@ -65,7 +65,7 @@ class Series:
     workplace: Path
     references: dict[int, Path]
     seed: int
-    start: float = 3.0  # seconds that a start takes here and now
+    start: float = 1.0  # seconds that a start takes here and now
     kills: int = 0
     done: Counter = field(default_factory=Counter)
 

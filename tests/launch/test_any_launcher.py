@@ -12,13 +12,13 @@ import pytest
 from forked import PATHS, Forked, launched, ran, run_code
 from plain import plain
 from ports import free_port
-from training_runs import ROOT, SAME, assert_same_run
+from training_runs import ROOT, SAME, WORKER, assert_same_run
 
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.network import interface_of
 from qwen35.training.metrics import read_metrics
 
-ENDLESS = ("training.train_iters=100000", "training.log_interval=1")
+ENDLESS = ("training.train_iters=100000", "training.log_interval=1", WORKER)
 ALONE = (sys.executable, "-m", "qwen35.train")
 
 

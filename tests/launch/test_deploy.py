@@ -19,6 +19,7 @@ import pytest
 import yaml
 from ports import free_port
 from test_stop import assert_saved, wait_for_steps
+from training_runs import WORKER
 
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.config.load import load_settings
@@ -391,7 +392,7 @@ def test_a_pod_saves_when_the_cluster_stops_it_and_the_next_one_goes_on(workplac
     save = tmp_path / "run"
     pod = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     pod |= {"CONFIG": str(workplace / "recipe.yaml")}
-    words = f"training.save={save} training.log_interval=1 training.train_iters="
+    words = f"training.save={save} {WORKER} training.log_interval=1 training.train_iters="
     with (tmp_path / "log").open("wb") as log:
         process = as_first_process({**pod, "ARGS": f"{words}100000"}, stdout=log, stderr=log)
         wait_for_steps(save, 3, process)

@@ -18,7 +18,7 @@ import pytest
 import torch.distributed as dist
 from forked import ROOT, Forked, launched, run_code
 from ports import free_port
-from training_runs import SAME, assert_same_run
+from training_runs import SAME, WORKER, assert_same_run
 
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.config.load import load_settings
@@ -29,7 +29,7 @@ from qwen35.train import setup
 from qwen35.training.metrics import read_metrics
 
 # saves in the background could be incomplete when a rank hangs in C or dies two steps later
-SAVED = ("training.save_interval=5", "training.async_save=false")
+SAVED = ("training.save_interval=5", "training.async_save=false", WORKER)
 
 
 def start(workplace, save: Path, faults: str, *overrides: str, nodes=(1, 0, 2), port=0, restarts=0, **env: str):
@@ -124,7 +124,7 @@ def test_two_nodes_restart_at_another_port_if_theirs_is_taken(workplace, two, tm
 
 def test_a_save_of_40_seconds_outlasts_every_way_to_stop(workplace, tmp_path):
     """No launcher loses its patience, also not that of another node."""
-    port, endless = free_port(), ("training.train_iters=100000", "training.log_interval=1")
+    port, endless = free_port(), ("training.train_iters=100000", "training.log_interval=1", WORKER)
     options = [
         (signal.SIGTERM, (1, 0, 2), free_port(), "term"),
         (signal.SIGINT, (1, 0, 2), free_port(), "int"),

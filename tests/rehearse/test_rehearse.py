@@ -92,25 +92,26 @@ def rehearsed(settings: Settings, world: int, is_whole: bool = False, batches: i
 
 
 def process(rank: int, folder: Path, port: int) -> None:
-    """The peak of the second step, over what was there before, with and without recomputation."""
+    """The peak of a later step, over what was there before, with and without recomputation."""
     assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # freed memory goes back to the kernel at once
     torch.set_num_threads(1)
     where = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in where.items()})
     device = init_process()
     measured = {}
-    for recompute in ("true", "false", "true"):  # the first warms up what torch makes once per process
-        settings = load_settings(folder / "recipe.yaml", [f"parallel.recompute={recompute}"])
-        config = load_config(settings.model.model_name_or_path)
+    settings = load_settings(folder / "recipe.yaml", [])
+    config = load_config(settings.model.model_name_or_path)
+    for is_first in (True, False):  # the first run warms up what torch makes once per process
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         before = status("VmRSS")
         batch = make_batch(settings, config, MIX)
         run = start(settings, device)
-        for _ in range(2 if measured else 1):  # the first makes the optimizer state
+        for recompute in (True,) if is_first else (True, True, False):  # the first step makes the optimizer state
+            run.model.recompute(recompute)
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now
             train_step(run, [batch], 1e-3, 0.0)
-        measured[recompute] = status("VmHWM") - before
+            measured[str(recompute).lower()] = status("VmHWM") - before
         del run, batch
     if rank == 0:
         (folder / "measured.json").write_text(json.dumps(measured))

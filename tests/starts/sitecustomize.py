@@ -1,8 +1,10 @@
-"""On PYTHONPATH of what tests start: a sixth of a start is collections of garbage that find none.
+"""On PYTHONPATH of what tests start: two fifths of it are collections of garbage that find none.
 
-An import makes hundreds of thousands of objects, which stay.
+An import makes hundreds of thousands of objects, which stay, and an end looks through all of them.
 """
 
+import atexit
 import gc
 
 gc.set_threshold(50_000, 20, 100)
+atexit.register(gc.freeze)

@@ -137,7 +137,7 @@ def test_what_cannot_be_compared_is_refused(workplace, overrides, words):
 
 @pytest.fixture(scope="module")
 def validating(workplace) -> tuple[str, ...]:
-    """A validation each step of twelve, of answers such as no trained record has.
+    """A validation each step of nine, of answers such as no trained record has.
 
     Their loss falls while the form of an answer is learnt, and rises from the fourth step on.
     """
@@ -145,7 +145,7 @@ def validating(workplace) -> tuple[str, ...]:
     for record in records:
         record["conversations"][1]["value"] = "QXZJKV WRT"
     (workplace / "few.json").write_text(json.dumps(records))
-    common = ("training.train_iters=12", "training.val_interval=1", "training.lr=0.03", "training.log_interval=1")
+    common = ("training.train_iters=9", "training.val_interval=1", "training.lr=0.03", "training.log_interval=1")
     return *CONSTANT, *common, f"{DATASET}={workplace / 'few.json'}"
 
 
@@ -168,22 +168,22 @@ def test_the_best_checkpoint_stays_beside_the_newest(best):
     save, console = best
     found = losses(save)
     lowest = min(found, key=found.__getitem__)
-    assert len(found) == 12 and lowest < 12 and lowest % 5, (
+    assert len(found) == 9 and lowest < 9 and lowest % 5, (
         found
     )  # neither the last step nor a multiple of save_interval
-    assert sorted(path.name for path in save.glob("iter_*")) == [f"iter_{lowest:07}", "iter_0000012"]
+    assert sorted(path.name for path in save.glob("iter_*")) == [f"iter_{lowest:07}", "iter_0000009"]
     assert (save / BEST).read_text() == str(lowest)
-    assert newest_checkpoint(save) == save / "iter_0000012"
-    for name in (f"iter_{lowest:07}", "iter_0000012"):
+    assert newest_checkpoint(save) == save / "iter_0000009"
+    for name in (f"iter_{lowest:07}", "iter_0000009"):
         state = read_info(save / name).extra["best_validation"]
         assert (state["figure"], state["value"], state["step"]) == ("loss", found[lowest], lowest)
     assert f"{save}/iter_{lowest:07} has the best validation, loss {found[lowest]:.6g}: name it" in console
 
 
 def test_a_resumed_run_knows_the_best_so_far(workplace, validating, best, tmp_path):
-    """Ended after four steps and after nine: the same checkpoints and the same run, bit for bit."""
+    """Ended after steps four and seven: the same checkpoints and the same run, bit for bit."""
     save, _ = best
-    for steps in (4, 9, 12):
+    for steps in (4, 7, 9):
         done = train(workplace, tmp_path / "run", 2, *validating, *KEPT, f"training.train_iters={steps}")
         assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", save)
@@ -206,7 +206,7 @@ def test_a_run_ends_early_and_stays_ended(workplace, validating, best, tmp_path)
     done = train(workplace, save, 2, *patient)
     assert done.returncode == 0, done.stderr
     why = f"early stopping: 3 validations in a row not better than loss {found[lowest]:.6g} of step {lowest}"
-    assert f"{why}: the run ends after step {end} of 12" in done.stdout
+    assert f"{why}: the run ends after step {end} of 9" in done.stdout
     assert f"trained steps {lowest + 2} to {end} in " in done.stdout and "stopped and saved" not in done.stdout
     assert newest_checkpoint(save).name == f"iter_{end:07}"
     assert losses(save) == {step: loss for step, loss in found.items() if step <= end}
@@ -216,7 +216,7 @@ def test_a_run_ends_early_and_stays_ended(workplace, validating, best, tmp_path)
     assert why in again.stdout and f"has done all its {end} steps: nothing left to train" in again.stdout
     looked = recipe(Machine(None, {}), str(workplace / "recipe.yaml"), [f"training.save={save}", *patient])
     assert {f.status for f in looked} <= {"ok", "note"}
-    assert f"{why}: the run is over after step {end} of 12" in [f.fact for f in looked if f.status == "note"]
+    assert f"{why}: the run is over after step {end} of 9" in [f.fact for f in looked if f.status == "note"]
     more = train(workplace, save, 2, *patient, "training.early_stopping_patience=9")
     assert more.returncode == 0, more.stderr
     assert_same_run(save, best[0])

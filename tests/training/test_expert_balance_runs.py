@@ -20,7 +20,7 @@ from qwen35.training.expert_balance import KEY, kept
 from qwen35.training.metrics import read_metrics
 
 CONSTANT = ("training.lr_decay_style=constant", "training.lr_warmup_ratio=0")
-STEPS = ("training.train_iters=8", "training.save_interval=2", "training.lr=1e-4", *CONSTANT)
+STEPS = ("training.train_iters=6", "training.save_interval=2", "training.lr=1e-4", *CONSTANT)
 SPLIT = (*STEPS, "parallel.expert_parallel_size=4", "parallel.recompute=true")
 BALANCE = "training.expert_balance=1.2"
 SKEW = 1.8
@@ -89,7 +89,8 @@ def test_one_of_eight_ranks_gets_three_times_its_share(skewed):
         *STEPS,
         BALANCE,
         "parallel.expert_parallel_size=8",
-        "training.train_iters=4",
+        "training.train_iters=2",
+        "training.save_interval=1",
         processes=8,
     )
     before, after = shares(eight)
@@ -98,7 +99,7 @@ def test_one_of_eight_ranks_gets_three_times_its_share(skewed):
 
 def test_the_busiest_rank_has_less_to_do(balanced, plain):
     before, *after = shares(balanced)
-    assert before > 1.5 and len(after) == 3 and max(after) <= 1.2, (before, after)
+    assert before > 1.5 and len(after) == 2 and max(after) <= 1.2, (before, after)
     assert not shares(plain)
 
 
@@ -122,8 +123,7 @@ def test_a_resume_is_bit_for_bit(skewed, balanced, tmp_path, step):
     """From a save point; and from a stop between two, which keeps the counts since the last one."""
     save = tmp_path / "again"
     shutil.copytree(balanced, save)
-    for later in (6, 8):
-        shutil.rmtree(save / f"iter_000000{later}")
+    shutil.rmtree(save / "iter_0000006")
     if step == 5:  # with a constant learning rate a shorter run is the beginning of a longer one
         run(skewed, save, *SPLIT, BALANCE, "training.train_iters=5")
         state, before = (read_info(save / f"iter_000000{n}").extra[KEY] for n in (5, 4))
@@ -136,8 +136,7 @@ def test_a_resume_is_bit_for_bit(skewed, balanced, tmp_path, step):
 def test_a_resume_with_other_ranks(skewed, balanced, plain, tmp_path):
     save = tmp_path / "two"
     shutil.copytree(balanced, save)
-    for later in (6, 8):
-        shutil.rmtree(save / f"iter_000000{later}")
+    shutil.rmtree(save / "iter_0000006")
     again = (*STEPS, BALANCE, "training.gradient_accumulation_steps=2", "parallel.expert_parallel_size=2")
     run(skewed, save, *again, processes=2)
     assert_close(save, plain, 1e-5)
@@ -145,8 +144,9 @@ def test_a_resume_with_other_ranks(skewed, balanced, plain, tmp_path):
 
 def test_adapters_move_with_their_experts(skewed):
     """With moments on the host, saves in the background, and experts that two ranks share."""
+    split = (*STEPS, *LORA, "parallel.expert_parallel_size=2", "training.train_iters=4")
     runs = [
-        run(skewed, skewed / f"lora{i}", *STEPS, *LORA, "parallel.expert_parallel_size=2", *extra)
+        run(skewed, skewed / f"lora{i}", *split, *extra)
         for i, extra in enumerate([(), ("training.expert_balance=1.05",)])
     ]
     before, *after = shares(runs[1])

@@ -75,8 +75,8 @@ def test_the_noise_goes_with_the_packed_sequence_however_they_are_split():
 
 NOISE = (
     "training.neftune_noise_alpha=20",
-    "training.train_iters=6",
-    "training.save_interval=3",
+    "training.train_iters=4",
+    "training.save_interval=2",
     "training.log_interval=1",
 )
 
@@ -95,9 +95,9 @@ def validating(workplace: Path) -> tuple[str, str]:
 
 
 def test_a_resumed_run_has_the_same_noise(workplace, tmp_path):
-    for steps in (3, 6):
+    for steps in (2, 4):
         options = (*NOISE, "training.lr_decay_style=constant", "training.lr_warmup_ratio=0")
-        save = tmp_path / "whole" if steps == 6 else tmp_path / "run"
+        save = tmp_path / "whole" if steps == 4 else tmp_path / "run"
         done = train(workplace, save, 2, *options, f"training.train_iters={steps}")
         assert done.returncode == 0, done.stderr
     done = train(workplace, tmp_path / "run", 2, *options)

@@ -67,6 +67,7 @@ def run(workplace) -> Path:
 
 def test_a_run_writes_its_page(run):
     """Every plot has its title and marks, and nothing on it is fetched from elsewhere."""
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     text = (run / "report.html").read_text()
     page = Page(text)
     assert page.tags["svg"] == len(TITLES)

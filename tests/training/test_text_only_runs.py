@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoint_cases import assert_same_bytes, tensors_in
 from hf_folder import write_hf
-from peer import config_dict, text_only
+from peer import ONE_OF_EACH, config_dict, text_only
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizer_fixture import make_model_folder
@@ -28,14 +28,14 @@ from qwen35.training.metrics import read_metrics
 
 PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 BASIC = "data.dataset_param.basic_parameters"
-FEW = ("training.train_iters=6", "training.save_interval=3", "training.log_interval=1", "training.adam_eps=1e-4")
+FEW = ("training.train_iters=4", "training.save_interval=2", "training.log_interval=1", "training.adam_eps=1e-4")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A text-only model folder without image processors, 40 records, and a recipe for them."""
     place = tmp_path_factory.mktemp("text_only")
-    config = text_only(config_dict(vocab_size=512, mtp_num_hidden_layers=1))
+    config = text_only(config_dict(vocab_size=512, mtp_num_hidden_layers=1, **ONE_OF_EACH))
     make_model_folder(place / "weights")
     for name in PROCESSORS:
         (place / "weights" / name).unlink(missing_ok=True)
@@ -56,16 +56,16 @@ def place(tmp_path_factory) -> Path:
 data:
   dataset_param:
     basic_parameters: {{dataset: {place}/records.json, dataset_dir: {place}, cutoff_len: 160}}
-  dataloader_param: {{num_workers: 1}}
+  dataloader_param: {{num_workers: 0}}
 model: {{model_name_or_path: {place}/weights, mtp_num_layers: 1, loss_cfg: {{router_aux_loss_coef: 0.01}}}}
-training: {{train_iters: 6, save: {place}/unset, init_from_hf_path: {place}/weights, lr: 1.0e-2, dtype: fp32}}
+training: {{train_iters: 4, save: {place}/unset, init_from_hf_path: {place}/weights, lr: 1.0e-2, dtype: fp32}}
 """)
     return place
 
 
 @pytest.fixture(scope="module")
 def run(place) -> Path:
-    """Two processes, six steps, a checkpoint after three."""
+    """Two processes, four steps, a checkpoint after two."""
     done = train(place, place / "run", 2, *FEW)
     assert done.returncode == 0, done.stderr
     (place / "run/console").write_text(done.stdout)
@@ -82,7 +82,7 @@ def export(place: Path, dcp: Path, out: Path) -> Path:
 
 def test_it_learns_and_no_figure_speaks_of_a_tower(run):
     lines = read_metrics(run / "metrics.jsonl")
-    assert len(lines) == 6 and lines[-1]["loss"] < lines[0]["loss"]
+    assert len(lines) == 4 and lines[-1]["loss"] < lines[0]["loss"]
     assert all(line["image_tokens"] == 0 for line in lines)
     table = (run / "console").read_text()
     assert "self_attn" in table and "visual" not in table
@@ -92,7 +92,7 @@ def test_it_learns_and_no_figure_speaks_of_a_tower(run):
 def test_a_resumed_run_is_the_run_that_never_stopped(place, run):
     save = place / "resumed"
     save.mkdir()
-    shutil.copytree(run / "iter_0000003", save / "iter_0000003")
+    shutil.copytree(run / "iter_0000002", save / "iter_0000002")
     for name in ("config.yaml", "metrics.jsonl"):
         shutil.copy(run / name, save)
     done = train(place, save, 2, *FEW)
@@ -194,7 +194,7 @@ def test_lora_trains_merges_and_is_written_for_the_text_only_class(place, tmp_pa
     merged = tensors_in(export(place, tmp_path / "lora", tmp_path / "merged"))
     before = tensors_in(place / "weights")
     assert merged.keys() == before.keys()
-    assert not torch.equal(merged[(q := "model.layers.3.self_attn.q_proj.weight")], before[q])
+    assert not torch.equal(merged[(q := "model.layers.1.self_attn.q_proj.weight")], before[q])
     arguments = [
         "--dcp_dir",
         f"{tmp_path}/lora",

@@ -38,9 +38,12 @@ CASES = {
 
 
 def gradients(
-    kernels: Kernels, dtype: torch.dtype, tokens: int, heads: int, alike: bool, seed: int = 0
+    kernels: Kernels, dtype: torch.dtype, lengths: list[int], heads: int, alike: bool, seed: int
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """setting -> gradients by `kernels`, by transformers, and the truth, [2, heads] each."""
+    """setting -> gradients by `kernels`, by transformers, and the truth, [2, heads] each.
+
+    Sequences of `lengths` are packed; transformers gets one at a time.
+    """
     from transformers.models.qwen3_5 import Qwen3_5TextConfig  # slow to import
     from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
@@ -61,31 +64,29 @@ def gradients(
     between = [[torch.empty(heads).uniform_(*ends, generator=generator) for ends in both] for both in SETTINGS.values()]
     decay, weights["dt_bias"] = (torch.cat(parts) for parts in zip(*between, strict=True))
     weights["A_log"] = decay.log()
-    x, probe = (torch.randn(tokens, HIDDEN, generator=generator) for _ in range(2))
+    x, probe = (torch.randn(sum(lengths), HIDDEN, generator=generator) for _ in range(2))
     x, probe = (1 + ALIKE * x if alike else x).to(dtype), probe.to(dtype)
     for layer in (ours, theirs):
         layer.load_state_dict(weights, assign=True)
         layer.requires_grad_(True)
     norm = SimpleNamespace(project=lambda x, *projections: recomputed_linears(None, projections, x))
-    ours(x, norm, torch.tensor([0, tokens], dtype=torch.int32)).backward(probe)
-    theirs(x[None])[0].backward(probe)
-    truth = _exact({name: w.double() for name, w in weights.items()}, x.double(), probe.double())
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    ours(x, norm, cu_seqlens).backward(probe)
+    torch.cat([theirs(sequence[None])[0] for sequence in x.split(lengths)]).backward(probe)
+    truth = _exact({name: w.double() for name, w in weights.items()}, x.double(), probe.double(), cu_seqlens)
     found = [torch.stack([layer.A_log.grad, layer.dt_bias.grad]).double() for layer in (ours, theirs)]
     groups = zip(*(y.split(heads, dim=1) for y in (*found, truth)), strict=True)
     return dict(zip(SETTINGS, groups, strict=True))
 
 
-def _exact(weights: dict[str, Tensor], x: Tensor, probe: Tensor) -> Tensor:
+def _exact(weights: dict[str, Tensor], x: Tensor, probe: Tensor, cu_seqlens: Tensor) -> Tensor:
     """-> the gradients of A_log and dt_bias [2, Hv]"""
     A_log, dt_bias = (weights[name].requires_grad_() for name in ("A_log", "dt_bias"))
-    whole, (qkv, z, b, a) = (
-        torch.tensor([0, len(x)]),
-        (x @ weights[f"in_proj_{name}.weight"].T for name in ("qkv", "z", "b", "a")),
-    )
-    heads = reference.causal_conv1d(qkv, weights["conv1d.weight"][:, 0], whole).unflatten(1, (-1, SIZE))
+    qkv, z, b, a = (x @ weights[f"in_proj_{name}.weight"].T for name in ("qkv", "z", "b", "a"))
+    heads = reference.causal_conv1d(qkv, weights["conv1d.weight"][:, 0], cu_seqlens).unflatten(1, (-1, SIZE))
     q, k, v = heads.split([len(A_log) // 2, len(A_log) // 2, len(A_log)], dim=1)
     g = -A_log.exp() * F.softplus(a + dt_bias)
-    out = reference.chunk_gated_delta_rule(q, k, v, g, b.sigmoid(), whole)
+    out = reference.chunk_gated_delta_rule(q, k, v, g, b.sigmoid(), cu_seqlens)
     out = reference.rms_norm_gated(out, z.view_as(out), weights["norm.weight"], 1e-6)
     (out.flatten(1) @ weights["out_proj.weight"].T * probe).sum().backward()
     return torch.stack([A_log.grad, dt_bias.grad])
@@ -97,10 +98,10 @@ def errors(found: Tensor, exact: Tensor) -> tuple[float, float]:
     return float(off.norm() / exact.norm()), float((off / exact.abs()).median())
 
 
-def compare_with_transformers(kernels: Kernels, case: str, tokens: int, seeds: int) -> None:
+def compare_with_transformers(kernels: Kernels, case: str, lengths: list[int], seeds: int) -> None:
     """Over the heads of several draws: of one head, transformers' error may be zero by luck."""
     dtype, alike = CASES[case]
-    draws = [gradients(kernels, dtype, tokens, HEADS, alike, seed) for seed in range(seeds)]
+    draws = [gradients(kernels, dtype, lengths, HEADS, alike, seed) for seed in range(seeds)]
     for setting in SETTINGS:
         ours, theirs, exact = (
             torch.cat(parts, dim=1) for parts in zip(*(draw[setting] for draw in draws), strict=True)

@@ -10,6 +10,12 @@ import triton.language as tl
 
 
 @triton.jit
+def dot(x, y):
+    """x @ y with fp32 sums; operands in fp32 stay so, which a GPU would round to TF32."""
+    return tl.dot(x, y, input_precision="ieee")
+
+
+@triton.jit
 def load_rows(x, start, count, stride, column, C: tl.constexpr, D: tl.constexpr):
     """`count` rows of x from `start`, `stride` apart, D values from `column`, padded -> [C, D]"""
     row = tl.arange(0, C)
@@ -88,5 +94,5 @@ def unit_lower_inverse(system, C: tl.constexpr):
         if (2 << level) <= C:
             same = row // (2 << level) == column // (2 << level)
             below = tl.where(same & (row // (1 << level) != column // (1 << level)), system, 0.0)
-            inverse -= tl.dot(inverse, tl.dot(below, inverse, input_precision="ieee"), input_precision="ieee")
+            inverse -= dot(inverse, dot(below, inverse))
     return inverse

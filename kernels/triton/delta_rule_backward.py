@@ -6,7 +6,7 @@ Maths and names as in kernels/gated_delta_rule.py.
 import triton
 import triton.language as tl
 
-from kernels.triton.blocks import decay_transposed, load_block, load_pair, load_rows, load_task, store_block
+from kernels.triton.blocks import decay_transposed, dot, load_block, load_pair, load_rows, load_task, store_block
 
 
 @triton.jit(do_not_specialize=["count_sequences", "k_stride", "v_stride"])
@@ -29,10 +29,10 @@ def states(
             v_tile = load_rows(v, first, count, v_stride, v_head * Dv + column, C, BV).to(tl.float32)
             entering = state.to(k_tile.dtype)
             store_block(states, entering, index, Dk, Dv, column, BV)
-            error = v_tile - tl.dot(k_tile, entering) * (k_norm * tl.exp(cum))[:, None]
-            value = tl.dot(load_block(inverse, index, C, C, 0, C), (error * rate[:, None]).to(k_tile.dtype))
+            error = v_tile - dot(k_tile, entering) * (k_norm * tl.exp(cum))[:, None]
+            value = dot(load_block(inverse, index, C, C, 0, C), (error * rate[:, None]).to(k_tile.dtype))
             update = (value * (k_norm * tl.exp(total - cum))[:, None]).to(k_tile.dtype)
-            state = state * tl.exp(total) + tl.dot(tl.trans(k_tile), update)
+            state = state * tl.exp(total) + dot(tl.trans(k_tile), update)
 
 
 @triton.jit(do_not_specialize=["count_sequences", "q_stride", "k_stride"])
@@ -68,15 +68,10 @@ def grad_states(
             pointer = through + (index * BLOCKS + column // BV) * Dk + tl.arange(0, Dk)
             tl.store(pointer, tl.sum(product, axis=1) * total)
             # computed as k q^T, already transposed: row j, column i
-            kq = (
-                tl.dot(k_tile, tl.trans(q_tile))
-                * k_norm[:, None]
-                * (q_norm * scale)[None, :]
-                * decay_transposed(cum, C)
-            )
-            d_value = tl.dot(k_tile, leaving) * (k_norm * to_end)[:, None] + tl.dot(kq.to(k_tile.dtype), d_out)
+            kq = dot(k_tile, tl.trans(q_tile)) * k_norm[:, None] * (q_norm * scale)[None, :] * decay_transposed(cum, C)
+            d_value = dot(k_tile, leaving) * (k_norm * to_end)[:, None] + dot(kq.to(k_tile.dtype), d_out)
             solved = tl.trans(load_block(inverse, index, C, C, 0, C))
-            d_error = tl.dot(solved, d_value.to(k_tile.dtype)) * rate[:, None]
+            d_error = dot(solved, d_value.to(k_tile.dtype)) * rate[:, None]
             d_reads = (d_out.to(tl.float32) * (q_norm * scale * from_start)[:, None]).to(k_tile.dtype)
             d_predicted = (d_error * (k_norm * from_start)[:, None]).to(k_tile.dtype)
-            grad_state = grad_state * total + tl.dot(tl.trans(q_tile), d_reads) - tl.dot(tl.trans(k_tile), d_predicted)
+            grad_state = grad_state * total + dot(tl.trans(q_tile), d_reads) - dot(tl.trans(k_tile), d_predicted)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from kernels.triton.blocks import (
     decay,
+    dot,
     load_block,
     load_pair,
     load_rows,
@@ -60,7 +61,7 @@ def invert(
         start, count = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1)
         _, k_norm = load_pair(norms, task, C)
         k_tile = load_rows(k, start, count, k_stride, k_head * Dk, C, Dk)
-        kk = tl.dot(k_tile, tl.trans(k_tile)) * k_norm[:, None] * k_norm[None, :]
+        kk = dot(k_tile, tl.trans(k_tile)) * k_norm[:, None] * k_norm[None, :]
         for i in range(G):
             index = tl.cast(task, tl.int64) * G + i
             cum, rate = load_pair(gates, index, C)
@@ -92,11 +93,11 @@ def scan(
             k_tile = load_rows(k, first, count, k_stride, k_head * Dk, C, Dk)
             v_tile = load_rows(v, first, count, v_stride, v_head * Dv + column, C, BV).to(tl.float32)
             entering = state.to(k_tile.dtype)
-            error = v_tile - tl.dot(k_tile, entering) * (k_norm * from_start)[:, None]
-            value = tl.dot(load_block(inverse, index, C, C, 0, C), (error * rate[:, None]).to(k_tile.dtype))
-            qk = tl.dot(q_tile, tl.trans(k_tile)) * (q_norm * scale)[:, None] * k_norm[None, :] * decay(cum, C)
-            from_state = tl.dot(q_tile, entering) * (q_norm * scale * from_start)[:, None]
-            result = from_state + tl.dot(qk.to(k_tile.dtype), value.to(k_tile.dtype))
+            error = v_tile - dot(k_tile, entering) * (k_norm * from_start)[:, None]
+            value = dot(load_block(inverse, index, C, C, 0, C), (error * rate[:, None]).to(k_tile.dtype))
+            qk = dot(q_tile, tl.trans(k_tile)) * (q_norm * scale)[:, None] * k_norm[None, :] * decay(cum, C)
+            from_state = dot(q_tile, entering) * (q_norm * scale * from_start)[:, None]
+            result = from_state + dot(qk.to(k_tile.dtype), value.to(k_tile.dtype))
             store_rows(out, result, first, count, Hv * Dv, v_head * Dv + column, C, BV)
             update = (value * (k_norm * tl.exp(total - cum))[:, None]).to(k_tile.dtype)
-            state = state * tl.exp(total) + tl.dot(tl.trans(k_tile), update)
+            state = state * tl.exp(total) + dot(tl.trans(k_tile), update)

@@ -10,7 +10,7 @@ Names as in gated_delta_rule.py.
 import triton
 import triton.language as tl
 
-from kernels.triton.blocks import decay, decay_transposed, load_block, load_pair, load_rows, store_rows
+from kernels.triton.blocks import decay, decay_transposed, dot, load_block, load_pair, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["count_chunks", "q_stride", "k_stride", "v_stride"])
@@ -19,10 +19,10 @@ def gradients(
     scale, count_chunks, q_stride, k_stride, v_stride,
     Hk: tl.constexpr, Hv: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Writes grad_v [T, Hv, Dv]; grad_q, grad_k [T, Hv, Dk] per V head; grad_gates [N, Hv, 4, C].
+    """Writes grad_v [T, Hv, Dv]; grad_q, grad_k [T, Hv, Dk] per V head; grad_gates [N, Hv, 3, C].
 
-    grad_gates: each token's reads of the entering state, the gradient of beta, each token's writes
-    that leave the chunk, and the writes before a token that are read from it on.
+    grad_gates: what is read from each token on, of the entering state and of the writes before the
+    token; the gradient of beta; each token's writes that leave the chunk.
     A task is a chunk and a V head.
     """
     row, position = tl.arange(0, C), tl.arange(0, C).to(tl.float32)
@@ -34,7 +34,7 @@ def gradients(
         q_norm, k_norm = load_pair(norms, tl.cast(chunk, tl.int64) * Hk + k_head, C)
         from_start = tl.exp(cum)
         to_end = tl.exp(tl.load(gates + tl.cast(task, tl.int64) * (2 * C) + C - 1) - cum)
-        first = grad_gates + tl.cast(task, tl.int64) * (4 * C)
+        first = grad_gates + tl.cast(task, tl.int64) * (3 * C)
         q_tile = load_rows(q, start, count, q_stride, k_head * Dk, C, Dk)
         k_tile = load_rows(k, start, count, k_stride, k_head * Dk, C, Dk)
         v_tile = load_rows(v, start, count, v_stride, v_head * Dv, C, Dv).to(tl.float32)
@@ -43,46 +43,48 @@ def gradients(
         leaving = load_block(grad_states, task, Dk, Dv, 0, Dv)
         solved = load_block(inverse, task, C, C, 0, C)
 
-        predicted = tl.dot(k_tile, state) * (k_norm * from_start)[:, None]
+        predicted = dot(k_tile, state) * (k_norm * from_start)[:, None]
         error = v_tile - predicted
-        value = tl.dot(solved, (error * rate[:, None]).to(k_tile.dtype))
+        value = dot(solved, (error * rate[:, None]).to(k_tile.dtype))
         values = value.to(k_tile.dtype)
-        from_end = tl.dot(k_tile, leaving) * (k_norm * to_end)[:, None]
+        from_end = dot(k_tile, leaving) * (k_norm * to_end)[:, None]
         tl.store(first + 2 * C + row, tl.sum(value * from_end, axis=1))
-        kq = tl.dot(k_tile, tl.trans(q_tile)) * k_norm[:, None] * (q_norm * scale)[None, :] * decay_transposed(cum, C)
-        d_value = from_end + tl.dot(kq.to(k_tile.dtype), d_out)
-        d_update = tl.dot(tl.trans(solved), d_value.to(k_tile.dtype))
+        kq = dot(k_tile, tl.trans(q_tile)) * k_norm[:, None] * (q_norm * scale)[None, :] * decay_transposed(cum, C)
+        d_value = from_end + dot(kq.to(k_tile.dtype), d_out)
+        d_update = dot(tl.trans(solved), d_value.to(k_tile.dtype))
         d_v = d_update * rate[:, None]
         store_rows(grad_v, d_v, start, count, Hv * Dv, v_head * Dv, C, Dv)
         reads = 0.0 - tl.sum(d_v * predicted, axis=1)
 
         # the negative of A's gradient below the diagonal; above it, its transpose
         updates = d_update.to(k_tile.dtype)
-        below = tl.where(position[:, None] > position[None, :], tl.dot(updates, tl.trans(values)) * decay(cum, C), 0.0)
-        kk = tl.dot(k_tile, tl.trans(k_tile)) * k_norm[:, None] * k_norm[None, :]
+        below = tl.where(position[:, None] > position[None, :], dot(updates, tl.trans(values)) * decay(cum, C), 0.0)
+        kk = dot(k_tile, tl.trans(k_tile)) * k_norm[:, None] * k_norm[None, :]
         tl.store(first + C + row, tl.sum(d_update * error, axis=1) - tl.sum(below * kk, axis=1))
-        above = tl.dot(values, tl.trans(updates)) * decay_transposed(cum, C)
+        above = dot(values, tl.trans(updates)) * decay_transposed(cum, C)
         above = tl.where(position[:, None] < position[None, :], above * rate[None, :], 0.0)
         d_kk = (below * rate[:, None] + above) * k_norm[None, :]
-        d_k = tl.dot(values, tl.trans(leaving)) * to_end[:, None] - tl.dot(d_kk.to(k_tile.dtype), k_tile)
-        d_k -= tl.dot(d_v.to(k_tile.dtype), tl.trans(state)) * from_start[:, None]
-        d_kq = tl.dot(values, tl.trans(d_out))
-        # row: writer, column: reader; then the sums over the writers before t, in row t
-        in_chunk = tl.where(position[:, None] < position[None, :], d_kq * kq, 0.0) - above * kk
-        before = tl.where(position[:, None] > position[None, :], 1.0, 0.0)
-        written = tl.dot(before, in_chunk, input_precision="ieee")
-        written = tl.where(position[:, None] <= position[None, :], written, 0.0)
-        tl.store(first + 3 * C + row, tl.sum(written, axis=1))
-        d_kq = d_kq * decay_transposed(cum, C) * (q_norm * scale)[None, :]
-        d_k += tl.dot(d_kq.to(k_tile.dtype), q_tile)
+        d_k = dot(values, tl.trans(leaving)) * to_end[:, None] - dot(d_kk.to(k_tile.dtype), k_tile)
+        d_k -= dot(d_v.to(k_tile.dtype), tl.trans(state)) * from_start[:, None]
+        d_kq = dot(values, tl.trans(d_out)) * decay_transposed(cum, C) * (q_norm * scale)[None, :]
+        d_k += dot(d_kq.to(k_tile.dtype), q_tile)
         unit_k = k_tile.to(tl.float32) * k_norm[:, None]
         d_k = (d_k - unit_k * tl.sum(d_k * unit_k, axis=1)[:, None]) * k_norm[:, None]
         store_rows(grad_k, d_k, start, count, Hv * Dk, v_head * Dk, C, Dk)
 
-        from_state = tl.dot(q_tile, state) * (q_norm * scale * from_start)[:, None]
-        d_qk = tl.dot(d_out, tl.trans(values)) * decay(cum, C) * k_norm[None, :]
-        tl.store(first + row, reads + tl.sum(d_out.to(tl.float32) * from_state, axis=1))
-        d_q = tl.dot(d_out, tl.trans(state)) * from_start[:, None] + tl.dot(d_qk.to(k_tile.dtype), k_tile)
+        from_state = dot(q_tile, state) * (q_norm * scale * from_start)[:, None]
+        reads += tl.sum(d_out.to(tl.float32) * from_state, axis=1)
+        d_qk = dot(d_out, tl.trans(values)) * decay(cum, C) * k_norm[None, :]
+        # row: reader, column: writer; the last token writes nothing that the chunk reads later, so
+        # its column has the reads of the entering state; then the sums over readers from t on
+        in_chunk = d_qk * dot(q_tile, tl.trans(k_tile)) * (q_norm * scale)[:, None] - below * rate[:, None] * kk
+        in_chunk = tl.where(position[:, None] > position[None, :], in_chunk, 0.0)
+        writer = tl.where(position < C - 1, position, -1.0)
+        in_chunk = tl.where(writer[None, :] < 0.0, reads[:, None], in_chunk)
+        later = tl.where(position[:, None] <= position[None, :], 1.0, 0.0)
+        read_later = tl.where(position[:, None] > writer[None, :], dot(later, in_chunk), 0.0)
+        tl.store(first + row, tl.sum(read_later, axis=1))
+        d_q = dot(d_out, tl.trans(state)) * from_start[:, None] + dot(d_qk.to(k_tile.dtype), k_tile)
         unit_q = q_tile.to(tl.float32) * q_norm[:, None]
         d_q = (d_q - unit_q * tl.sum(d_q * unit_q, axis=1)[:, None]) * (q_norm * scale)[:, None]
         store_rows(grad_q, d_q, start, count, Hv * Dk, v_head * Dk, C, Dk)
@@ -104,16 +106,13 @@ def finish(
     for chunk in range(tl.program_id(0), count_chunks, tl.num_programs(0)):
         start, count = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1)
         index = tl.cast(chunk, tl.int64) * Hv
-        first = grad_gates + index * (4 * C) + head[:, None] * (4 * C) + row[None, :]
+        first = grad_gates + index * (3 * C) + head[:, None] * (3 * C) + row[None, :]
         left = tl.zeros([HEADS], dtype=tl.float32)
         for block in tl.static_range(PARTS // Dk):
             state_parts = through + index * PARTS + head[:, None] * PARTS + (block * Dk + part)[None, :]
             left += tl.sum(tl.load(state_parts, mask=exists, other=0.0), axis=1)
-        reads = tl.load(first, mask=exists, other=0.0)  # [HEADS, C]
-        # the sum from each token to the last, as the total minus the sum before it
-        d_g = (tl.sum(reads, axis=1) + left)[:, None] + reads - tl.cumsum(reads, axis=1)
-        leaving_before = tl.load(first + 2 * C - 1, mask=exists & (row > 0)[None, :], other=0.0)
-        d_g += tl.cumsum(leaving_before, axis=1) + tl.load(first + 3 * C, mask=exists, other=0.0)
+        leaving_before = tl.load(first + 2 * C - 1, mask=exists & (row > 0)[None, :], other=0.0)  # [HEADS, C]
+        d_g = left[:, None] + tl.cumsum(leaving_before, axis=1) + tl.load(first, mask=exists, other=0.0)
         out = tl.cast(start, tl.int64) * Hv + row[:, None] * Hv + head[None, :]
         mask = (row < count)[:, None] & (head < Hv)[None, :]
         tl.store(grad_g + out, tl.trans(d_g), mask=mask)

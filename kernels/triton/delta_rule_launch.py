@@ -111,7 +111,7 @@ def grad_states(
 
 def _gradients(k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     part_q, part_k = (k.new_empty(*v.shape[:2], k.shape[2]) for _ in range(2))
-    grad_gates = gates.new_empty(len(gates), v.shape[1], 4, gates.shape[3])
+    grad_gates = gates.new_empty(len(gates), v.shape[1], 3, gates.shape[3])
     return part_q, part_k, v.new_empty(v.shape), grad_gates
 
 
@@ -120,7 +120,7 @@ def gradients(
     q: Tensor, k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor,
     grad: Tensor, entering: Tensor, leaving: Tensor, chunks: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> gradients of q, k per V head [T, Hv, Dk], of v [T, Hv, Dv], of gates [N, Hv, 4, C] fp32"""
+    """-> gradients of q, k per V head [T, Hv, Dk], of v [T, Hv, Dv], of gates [N, Hv, 3, C] fp32"""
     outputs = _gradients(k, v, gates)
     delta_rule_gradients.gradients[(programs(len(chunks) * v.shape[1], v.device, products=True),)](
         q, k, v, inverse, gates, norms, grad, entering, leaving, chunks, *outputs, k.shape[2] ** -0.5,

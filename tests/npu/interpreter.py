@@ -4,6 +4,8 @@ TRITON_INTERPRET=1 must be set before triton is imported. The fixes: it
 multiplies bf16 bits as integers, truncates to bf16 instead of rounding, and converts arrays to
 numbers in a way that newer numpy refuses. It also replaces the whole language anew at each call of
 a function, which took a third of its time; once for each function is enough, since that stays.
+
+Products of fp32 are of TF32 numbers where a kernel does not ask for all bits, as on a GPU.
 """
 
 from functools import cache
@@ -11,6 +13,7 @@ from functools import cache
 import numpy as np
 import torch
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 moved = {"read": 0, "written": 0}  # bytes, without masked elements
@@ -71,6 +74,14 @@ def _cast(self, source, target):
     return interpreter.TensorHandle(data, after)
 
 
-def _dot(self, a, b, d, *_):
-    x, y = (_as_torch(h).float().numpy() if h.dtype.scalar == tl.bfloat16 else h.data for h in (a, b))
+def _dot(self, a, b, d, precision, *_):
+    x, y = (_operand(h, precision) for h in (a, b))
     return interpreter.TensorHandle(np.matmul(x, y, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+
+def _operand(handle, precision) -> np.ndarray:
+    if handle.dtype.scalar == tl.bfloat16:
+        return _as_torch(handle).float().numpy()
+    if handle.dtype.scalar == tl.float32 and precision != ir.INPUT_PRECISION.IEEE:
+        return (handle.data.view(np.uint32) & 0xFFFF_E000).view(np.float32)
+    return handle.data

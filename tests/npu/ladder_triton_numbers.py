@@ -11,6 +11,7 @@ import interpreter
 import pytest
 import torch
 import triton_cost
+from gate_gradients import CASES, compare_with_transformers
 from table import publish
 from test_kernels import LENGTHS as NATIVE
 from test_kernels import cu
@@ -118,6 +119,29 @@ def test_gated_delta_rule_at_the_ends_of_its_gates(gate, rate, alike, dtype):
     k = 1 + 0.01 * k if alike else k
     inputs = [q, k, v, torch.full((66, 1), gate), torch.full((66, 1), rate)]
     compare("chunk_gated_delta_rule", inputs, cu([1, 65]), dtype=dtype)
+
+
+@pytest.mark.parametrize("lengths", [[96], [70, 1, 25]], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_the_gates_beside_transformers(case, lengths):
+    """Those of A_log and dt_bias, at most twice its error, as for the native path."""
+    compare_with_transformers(kernels.Kernels(**{op: getattr(ours, op) for op in kernels.TRITON_OPS}), case, lengths, 3)
+
+
+@pytest.mark.parametrize("op", [ours.chunk_gated_delta_rule, kernels.chunk_gated_delta_rule], ids=["triton", "native"])
+def test_gradients_of_shut_gates_beside_open_ones(op):
+    """They are e^-15 of those of the open gates of their chunk, and each is right all the same."""
+    inputs, lengths = delta_rule(173), [100, 3, 70]
+    gates = inputs[3]
+    gates -= 15
+    gates[[64, 167]] = -0.1  # each a chunk's first, which read most of its entering state
+    probe, shut = torch.randn(173, 6, 32), gates < -1
+    found, exact = (
+        run(some, inputs, (cu(lengths),), dtype, probe)[4][shut]
+        for some, dtype in ((op, torch.float32), (reference.chunk_gated_delta_rule, torch.float64))
+    )
+    off = (found - exact).abs()
+    assert off.norm() <= 1e-4 * exact.norm() and (off <= 1e-2 * exact.abs()).all()
 
 
 @on_lengths([*LENGTHS, [0, 5, 0, 5, 5, 0]])

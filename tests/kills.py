@@ -21,8 +21,7 @@ import psutil
 import torch
 from training_runs import (
     INTERVAL,
-    RECIPE,
-    STEPS,
+    SAVES,
     assert_same_run,
     make_workplace,
     start_as_ever,
@@ -34,6 +33,8 @@ from training_runs import (
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.training.metrics import read_metrics
 
+STEPS = 16  # a checkpoint is removed before the last one is written, and its run goes on from another
+RECIPE = (f"training.train_iters={STEPS}", *SAVES)
 SAVE_LIMIT = 2  # checkpoints, so that older ones are removed all the time
 TIMEOUT = 300  # seconds for a process that must end by itself
 WHOLE_JOB = ("the launcher", "all of it")  # kills that end all processes of the job

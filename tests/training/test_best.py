@@ -168,9 +168,7 @@ def test_the_best_checkpoint_stays_beside_the_newest(best):
     save, console = best
     found = losses(save)
     lowest = min(found, key=found.__getitem__)
-    assert len(found) == 9 and lowest < 9 and lowest % 5, (
-        found
-    )  # neither the last step nor a multiple of save_interval
+    assert len(found) == 9 and lowest < 9 and lowest % 5, found  # neither the last step nor a multiple of save_interval
     assert sorted(path.name for path in save.glob("iter_*")) == [f"iter_{lowest:07}", "iter_0000009"]
     assert (save / BEST).read_text() == str(lowest)
     assert newest_checkpoint(save) == save / "iter_0000009"

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import kills
 import numpy as np
 import psutil
 import pytest
@@ -19,7 +20,6 @@ import torch
 import torch.distributed as dist
 from checkpoint_cases import as_before, save_checkpoint
 from forked import Forked, ran, run_code
-from kills import Series
 from training_runs import RECIPE, SAVES, STEPS, assert_same_run, start_training, tensors, train
 
 from qwen35.checkpoint.dcp import CheckpointInfo, decode, encode, read_info
@@ -103,9 +103,11 @@ def finish(workplace: Path, save: Path) -> str:
     return done.stdout
 
 
-def test_a_run_killed_at_any_moment_resumes_bit_for_bit(workplace, uninterrupted, tmp_path):
+def test_a_run_killed_at_any_moment_resumes_bit_for_bit(workplace, tmp_path):
     """The same command goes on from the last complete checkpoint; kills.py tries more moments."""
-    series = Series(workplace, {2: uninterrupted}, seed=5)
+    done = train(workplace, tmp_path / "reference", 2, *kills.RECIPE)
+    assert done.returncode == 0, done.stderr
+    series = kills.Series(workplace, {2: tmp_path / "reference"}, seed=5)
     trainings = 0
     while series.kills < 4:  # one may do without what was killed, and come to its end before the next moment
         series.training(2, ["the start", "a step", "a save", "a removal", "the end"], tmp_path / f"run{trainings}")

@@ -174,7 +174,7 @@ def test_missing_kernel_sync_and_copy_are_refused(recipe, capsys, monkeypatch, m
     assert line.startswith(f"error: {message}")
 
 
-LONGER = "data.dataset_param.basic_parameters.cutoff_len=2944"
+LONGER = "data.dataset_param.basic_parameters.cutoff_len=3840"
 
 
 def test_peak_over_the_memory_is_refused(recipe, capsys):

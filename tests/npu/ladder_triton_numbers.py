@@ -121,11 +121,11 @@ def test_gated_delta_rule_at_the_ends_of_its_gates(gate, rate, alike, dtype):
     compare("chunk_gated_delta_rule", inputs, cu([1, 65]), dtype=dtype)
 
 
-@pytest.mark.parametrize("lengths", [[96], [70, 1, 25]], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_of_the_gates_beside_transformers(case, lengths):
+def test_gradients_of_the_gates_beside_transformers(case):
     """Those of A_log and dt_bias, at most twice its error, as for the native path."""
-    compare_with_transformers(kernels.Kernels(**{op: getattr(ours, op) for op in kernels.TRITON_OPS}), case, lengths, 3)
+    triton = kernels.Kernels(**{op: getattr(ours, op) for op in kernels.TRITON_OPS})
+    compare_with_transformers(triton, case, [70, 25], seeds=2)
 
 
 @pytest.mark.parametrize("op", [ours.chunk_gated_delta_rule, kernels.chunk_gated_delta_rule], ids=["triton", "native"])

@@ -125,7 +125,7 @@ def test_gated_delta_rule_at_the_ends_of_its_gates(gate, rate, alike, dtype):
 def test_gradients_of_the_gates_beside_transformers(case):
     """Those of A_log and dt_bias, at most twice its error, as for the native path."""
     triton = kernels.Kernels(**{op: getattr(ours, op) for op in kernels.TRITON_OPS})
-    compare_with_transformers(triton, case, [70, 25], seeds=2)
+    compare_with_transformers(triton, case, [96], seeds=3)
 
 
 @pytest.mark.parametrize("op", [ours.chunk_gated_delta_rule, kernels.chunk_gated_delta_rule], ids=["triton", "native"])

@@ -7,6 +7,7 @@ os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -63,6 +64,14 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fresh_logger():
+    """As a program finds it: set up by an earlier test, it would show caplog each line twice."""
+    logger = logging.getLogger("qwen35")
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

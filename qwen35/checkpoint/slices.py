@@ -6,6 +6,7 @@ A source reads slices from anywhere; a rank fills its own part of a tensor from 
 import math
 import os
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -107,7 +108,8 @@ class FiniteSource:
     """
 
     def __init__(self, source: TensorSource, where: str | Path):
-        self.source, self.where, self.specs, self.has_warned = source, where, source.specs, False
+        self.source, self.where, self.specs = source, where, source.specs
+        self.warned = threading.Lock()  # held from the first warning on: several threads read
 
     def read(self, name: str, region: TensorSlice) -> Tensor:
         values = self.source.read(name, region)
@@ -121,10 +123,10 @@ class FiniteSource:
         if (
             len(self.specs[name].shape) > 1
             and not MAY_BE_ZERO.search(name)
-            and not self.has_warned
+            and not self.warned.locked()
             and has_hole(values)
+            and self.warned.acquire(blocking=False)
         ):
-            self.has_warned = True
             logger.warning(
                 f"{self.where}: {name} is zero in whole stretches, perhaps others are, too: what was not there yet when a"
                 " download, a copy or a save broke off; fetch it again (make download checks every file), unless it is meant"

@@ -2,9 +2,9 @@
 
 import inspect
 import json
-import logging
 import os
 import struct
+import threading
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ from qwen35.checkpoint.hf import load_hf
 from qwen35.checkpoint.hf_names import published_dtype
 from qwen35.checkpoint.hf_read import HFFolder
 from qwen35.checkpoint.hf_write import save_hf
-from qwen35.checkpoint.slices import TensorSlice, pieces
+from qwen35.checkpoint.slices import FiniteSource, TensorSlice, ahead, pieces
 
 KINDS = [{"moe": True}, {"moe": False, "tied": True}]
 
@@ -210,7 +210,6 @@ def test_damaged_folder_is_refused(tmp_path, damage, words):
 
 def test_a_hole_in_a_matrix_is_told_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(slices, "HOLE", 64, raising=False)
-    monkeypatch.setattr(logging.getLogger("qwen35"), "propagate", True)
     folder = write_folder(tmp_path / "hf", moe=False, mtp=False)
     load_hf(empty_model(config_dict(moe=False)), folder)
     assert "zero in whole stretches" not in caplog.text
@@ -225,6 +224,14 @@ def test_a_hole_in_a_matrix_is_told_once(tmp_path, caplog, monkeypatch):
     load_hf(empty_model(config_dict(moe=False)), folder)
     assert caplog.text.count("zero in whole stretches") == 1
     assert f"{name} is zero" in caplog.text or "layers.3.mlp.up_proj.weight is zero" in caplog.text
+
+
+def test_threads_that_find_holes_at_once_tell_one(caplog, monkeypatch):
+    both = threading.Barrier(2)
+    monkeypatch.setattr(slices, "has_hole", lambda values: both.wait(30) >= 0)
+    source = FiniteSource(MemorySource({name: torch.zeros(2, 2) for name in "ab"}), "here")
+    assert len([*ahead(lambda name: source.read(name, TensorSlice.full((2, 2))), "ab", threads=2)]) == 2
+    assert caplog.text.count("zero in whole stretches") == 1
 
 
 # -- exchange with transformers --------------------------------------------------------------------

@@ -16,13 +16,6 @@ from qwen35.log import log_at_once, log_to, log_warnings, logger, set_up_logging
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
 
-@pytest.fixture(autouse=True)
-def restored():
-    before = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.level, logger.propagate = before
-
-
 def log_all() -> None:
     logger.debug("a detail")
     logger.info("loss\nand\x1b more")

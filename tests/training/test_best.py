@@ -1,7 +1,6 @@
 """The best validation's checkpoint: which one it is, that it stays, and that a resume goes on."""
 
 import json
-import logging
 import math
 import shutil
 from pathlib import Path
@@ -88,7 +87,6 @@ def test_a_start_names_what_a_stopped_job_could_not(tmp_path, alone):
 
 def test_figures_of_other_validation_data_are_not_compared(tmp_path, alone, caplog, monkeypatch):
     """Of the same file, too, with other records: its name in the settings does not show that."""
-    monkeypatch.setattr(logging.getLogger("qwen35"), "propagate", True)
     t = TrainingSettings(save=str(tmp_path), train_iters=9, save_best="loss", val_interval=1)
     best = Best("loss", 1.5, 3, 1, "of before")
     save_checkpoint(tmp_path, 3, torch.nn.Linear(2, 2), None, best.extra(), {})

@@ -1,7 +1,6 @@
 """What trackers are told at a start, by stand-ins for their packages; tests/trackers has these."""
 
 import json
-import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +58,6 @@ def test_variables_of_a_tracker_come_first(workplace, tmp_path, told, monkeypatc
 
 
 def test_a_copied_run_says_whose_pages_it_goes_on_in(workplace, tmp_path, told, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("qwen35"), "propagate", True)
     start(workplace, tmp_path / "a")
     first = told["wandb"]["id"]
     start(workplace, tmp_path / "a", done=3)

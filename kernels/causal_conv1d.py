@@ -40,9 +40,7 @@ class _CausalConv1d(torch.autograd.Function):
         carry = taps.new_zeros(before, x.shape[1])  # the next block's contribution to this one's last rows
         for block in reversed(list(_blocks(x, len(taps), ctx.cu_seqlens))):
             y = block.convolve(taps)
-            sigmoid = y.sigmoid()
-            # silu' = sigmoid (1 + y - y sigmoid)
-            g = torch.addcmul(y, y, sigmoid, value=-1).add_(1).mul_(sigmoid).mul_(grad[block.rows])
+            g = torch.ops.aten.silu_backward(grad[block.rows].to(y.dtype), y)
             count = len(g)
             spread = taps.new_zeros(before + count, x.shape[1])  # gradient of the block and the rows before it
             spread[count:] = carry

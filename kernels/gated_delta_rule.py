@@ -26,6 +26,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.host import computed_once, to_device
@@ -159,8 +160,8 @@ class _Chunk:
         self.q_norm, self.k_norm = (torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (raw_q, raw_k))
         self.q, self.k = raw_q * (self.q_norm * self.scale), raw_k * self.k_norm
         self.cum = g.cumsum(1)  # [B, C, 1] b
-        self.from_start = self.cum.exp()  # exp(b)
-        self.to_end = (self.cum[:, -1:] - self.cum).exp_()  # exp(b_C - b)
+        self.from_start = _decay(self.cum)  # exp(b)
+        self.to_end = _decay(self.cum[:, -1:] - self.cum)  # exp(b_C - b)
         self.chunk_decay = self.from_start[:, -1:]  # [B, 1, 1] exp(b_C)
 
     def gather(self, x: Tensor, zero: bool = False, dtype: torch.dtype | None = None) -> Tensor:
@@ -189,7 +190,7 @@ class _Chunk:
 
     @cached_property
     def decay(self) -> Tensor:  # [B, C, C] exp(b_i - b_j) on and below the diagonal
-        return (self.cum - self.cum.mT).exp_().tril_()
+        return _decay(self.cum - self.cum.mT).tril_()
 
     @cached_property
     def kk(self) -> Tensor:  # [B, C, C] A without beta; its diagonal is not used
@@ -310,6 +311,13 @@ def _backward_step(
     d_k = _norm_backward(d_k, c.k, c.k_norm)
     for x, out in zip((d_q, d_k, d_error, d_g[..., None], d_beta[..., None]), grads, strict=True):
         c.scatter(x, out if out.ndim == 3 else out[..., None])
+
+
+def _decay(log: Tensor) -> Tensor:
+    """exp(log); anything for a log above 0, which is no decay's. On a CPU less than 2^-100 is zero:
+    exp is slow where it overflows or underflows, and matmuls are where products are denormal.
+    """
+    return F.threshold_(log.clamp(-80, 0).exp_(), 2**-100, 0) if log.is_cpu else log.exp()
 
 
 def _norm_backward(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:

@@ -287,11 +287,11 @@ def head_weight_grad(total: Tensor, grad: Tensor, hidden: Tensor, add: bool) -> 
     One slice of the vocabulary at a time, so that no second [V, D] is needed.
     """
     for columns, part in zip(grad.split(VOCABULARY_SLICE, dim=1), total.split(VOCABULARY_SLICE), strict=True):
-        product = columns.T @ hidden
-        if add:
-            part.add_(product)
-        else:
-            part.copy_(product)
+        for some, its in row_blocks(part, columns.T @ hidden):
+            if add:
+                some.add_(its)
+            else:
+                some.copy_(its)
 
 
 # -- attention -------------------------------------------------------------------------------------

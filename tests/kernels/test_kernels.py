@@ -73,6 +73,14 @@ def test_gated_delta_rule_at_the_ends_of_its_gates(gate, rate):
         assert (x.grad - z.grad).abs().max() <= 1e-4 * z.grad.abs().max().clamp(min=1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_decay_is_exp_but_never_denormal(dtype):
+    log = torch.linspace(-200, 0, 4001, dtype=dtype)
+    found = gated_delta_rule._decay(log)
+    torch.testing.assert_close(found, log.exp(), rtol=1e-6, atol=2**-100)
+    assert found[0] == 0 and found[found > 0].min() > 2**-100
+
+
 @DTYPES
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_causal_conv1d(lengths, dtype, tolerance):

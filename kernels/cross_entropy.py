@@ -125,8 +125,8 @@ def _by_chunks(
     logits = hidden.new_empty(len(parts[0][0]) if parts else 0, len(weight))
     for number, (rows, is_real) in enumerate(parts):
         h = hidden[rows]
-        its = torch.mm(h, weight.T, out=logits[: len(rows)])
-        loss, grad = ops.cross_entropy(its, targets[rows], scales[rows] * is_real, need_hidden or need_weight)
+        block = torch.mm(h, weight.T, out=logits[: len(rows)])
+        loss, grad = ops.cross_entropy(block, targets[rows], scales[rows] * is_real, need_hidden or need_weight)
         token_loss.index_add_(0, rows, loss * is_real)
         if grad_hidden is not None:
             grad_hidden.index_add_(0, rows, ops.head_hidden_grad(grad, weight))

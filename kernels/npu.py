@@ -250,8 +250,9 @@ def head_hidden_grad(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def head_weight_grad(total: Tensor, grad: Tensor, hidden: Tensor, add: bool) -> None:
-    product = grad.T @ hidden
     if add:
-        total.add_(product)
+        total.add_(grad.T @ hidden)
+    elif total.dtype == grad.dtype:
+        torch.mm(grad.T, hidden, out=total)
     else:
-        total.copy_(product)
+        total.copy_(grad.T @ hidden)

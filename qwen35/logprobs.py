@@ -37,7 +37,7 @@ from qwen35.parallel.fsdp import shard
 from qwen35.parallel.mesh import make_meshes
 from qwen35.rank import leave, run_rank
 from qwen35.tools.compilation import DTYPES, compiled
-from qwen35.training.adapters import make_model
+from qwen35.training.adapters import build_model
 from qwen35.training.reference import Forward, RowsFile, made_with
 from qwen35.training.start import REFERENCE, Start, find_weights
 from qwen35.wording import number_of
@@ -59,7 +59,7 @@ def log_probs(settings: Settings, out: Path | None) -> None:
     check_layout(settings, dist.get_world_size())
     meshes = make_meshes(device.type, settings.parallel, t.timeout)
     chosen = compiled(settings, config.text, device, heartbeat, logger.info)
-    model = make_model(settings, config, chosen)
+    model = build_model(settings, config, chosen)
     start = Start(find_weights(settings, goes_on=False), model, settings)
     if not out and start.step:
         raise SettingError(

@@ -42,7 +42,7 @@ from qwen35.processes import stop_code, stop_request
 from qwen35.rank import leave, run_rank
 from qwen35.tools.compilation import DTYPES, compiled
 from qwen35.training.adamw import AdamW
-from qwen35.training.adapters import make_model, serving_warnings
+from qwen35.training.adapters import build_model, serving_warnings
 from qwen35.training.best import Best
 from qwen35.training.dpo import METRICS, preference_loss
 from qwen35.training.expert_balance import ExpertBalance, kept
@@ -130,7 +130,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     dist.barrier()  # rank 0 hosts the store that new groups need; only after this may an error end rank 0
     implementations = compiled(settings, config.text, device, heartbeat, logger.info)
     heartbeat.at("building the model")
-    model = make_model(settings, config, implementations, "meta" if t.init_model_with_meta_device else device)
+    model = build_model(settings, config, implementations, "meta" if t.init_model_with_meta_device else device)
     start = Start(find_weights(settings), model, settings)
     weights = start.path
     check_export(model, m.model_name_or_path)

@@ -17,7 +17,7 @@ from qwen35.training.parameter_groups import chosen_patterns, freeze
 TOGETHER = ("in_proj_qkv", "in_proj_z"), ("experts.gate_up_proj", "experts.down_proj")  # as vLLM wants them
 
 
-def make_model(
+def build_model(
     settings: Settings, config: ModelConfig, kernels: Kernels | None = None, device: torch.device | str = "meta"
 ) -> Qwen35:
     """A plain model that trains what the settings say. Raises SettingError."""

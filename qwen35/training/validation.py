@@ -27,7 +27,7 @@ from qwen35.model import Qwen35
 from qwen35.parallel.context_parallel import shard_batch
 from qwen35.parallel.fsdp import gather_weights, replicated, reshard
 from qwen35.parallel.mesh import Meshes
-from qwen35.training.adapters import make_model
+from qwen35.training.adapters import build_model
 from qwen35.training.dpo import METRICS, preference_loss
 from qwen35.training.history import MOST_ANSWERS
 from qwen35.training.loss import make_mtp_targets, token_loss, token_weights
@@ -172,7 +172,7 @@ class Validation:
         The ranks generate different numbers of tokens, so each has an unsharded copy of the model.
         """
         beat("gathering an unsharded copy of the model")
-        plain = make_model(self.settings, model.config, model.kernels).to(self.dtype)
+        plain = build_model(self.settings, model.config, model.kernels).to(self.dtype)
         for parameter in replicated(plain):
             parameter.data = parameter.data.float()
         gather_weights(model, plain.to_empty(device=self.device))

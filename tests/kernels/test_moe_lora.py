@@ -113,7 +113,7 @@ def test_without_tokens(tokens, top_k, adapted):
 
 @DTYPES
 @pytest.mark.parametrize("rank", [1, 3, 4, 12])
-def test_ranks_and_sizes_that_are_odd(rank, dtype, tolerance):
+def test_ranks_and_sizes_that_no_tile_has(rank, dtype, tolerance):
     compare(problem(30, 2, rank=rank), dtype, tolerance)
     compare(problem(30, 2, hidden=21, inner=7, rank=rank), dtype, tolerance, frozen=BASES)
 

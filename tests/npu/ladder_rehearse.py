@@ -243,7 +243,8 @@ def test_a_plan_rehearses_what_it_recommends(recipe, capsys, monkeypatch, tmp_pa
     """Its lines, as settings, give the figures of its table; the cache gives the table again."""
     monkeypatch.setattr(plan, "CACHE", tmp_path / "plan")
     monkeypatch.setattr(plan, "MOST", 6)
-    monkeypatch.setattr("rehearse.workers.count", lambda: 1)  # processes, whose starts take as long as all else
+    for module in ("rehearse.workers", "rehearse.plan"):  # processes, whose starts take as long as all else
+        monkeypatch.setattr(f"{module}.count", lambda: 1)
     tables = []
     for _ in range(2):
         assert plan.main([recipe, "--npus-per-node", "4"]) == 0

@@ -20,7 +20,7 @@ from qwen35.model import Qwen35, load_config
 from qwen35.model.lora import is_adapter
 from qwen35.parallel.mesh import make_meshes
 from qwen35.train import distribute, train_step
-from qwen35.training.adapters import InitialAdapters, make_model
+from qwen35.training.adapters import InitialAdapters, build_model
 from qwen35.training.dpo import METRICS
 
 STEPS = 2
@@ -67,7 +67,7 @@ def some_steps(dpo: DpoSettings | None = None, lora: LoraSettings | None = None,
     loss = {"loss_cfg": LossCfg(router_aux_loss_coef=0.1)}
     settings = settings_of(loss, parallel, lora=lora, dpo=dpo or DpoSettings(), **t)
     meshes = make_meshes(HOST.type, settings.parallel)
-    model = make_model(settings, load_config(config))
+    model = build_model(settings, load_config(config))
     adam = distribute(settings, model, meshes, HOST)
     named = dict(model.named_parameters())
     fill({n: p for n, p in named.items() if not is_adapter(n)}, OfModel(Qwen35.from_config(config, seed=1)))

@@ -25,7 +25,7 @@ from qwen35.parallel.fsdp import REPLICATED
 from qwen35.parallel.mesh import make_meshes
 from qwen35.rank import leave
 from qwen35.train import Run, distribute, train_step
-from qwen35.training.adapters import InitialAdapters, make_model
+from qwen35.training.adapters import InitialAdapters, build_model
 from qwen35.training.flops import Flops
 from qwen35.training.loss import token_weights
 
@@ -92,7 +92,7 @@ def some_steps(
     t = {"train_iters": STEPS, "lr": 1e-2, "weight_decay": 0.1, "adam_eps": 1e-4}
     settings = settings_of({}, parallel, optimizer=optimizer, dtype=dtype, lora=lora, **t)
     meshes = make_meshes(HOST.type, settings.parallel)
-    model = make_model(settings, load_config(config))
+    model = build_model(settings, load_config(config))
     plain_flops = Flops(model).flops_per
     adam = distribute(settings, model, meshes, HOST)
     named = dict(model.named_parameters())

@@ -447,8 +447,10 @@ def test_a_save_folder_in_use_is_refused(workplace, tmp_path):
     wait_for(lambda: read_metrics(save / "metrics.jsonl"), first)
     [rank] = psutil.Process(first.pid).children()
     rank.suspend()  # it need not train while the second waits for the folder
-    second = train(workplace, save, 1, "training.train_iters=100000")
-    rank.resume()
+    try:
+        second = train(workplace, save, 1, "training.train_iters=100000")
+    finally:
+        rank.resume()
     assert second.returncode == 1
     words = f"error: {save} is in use by another job (process {rank.pid} on "
     assert second.stderr.startswith(words) and second.stderr.count("\n") == 1

@@ -34,7 +34,7 @@ from qwen35.model import load_config
 from qwen35.network import interface_of
 from qwen35.tools.address import DEFAULT_PORT, check_address
 from qwen35.tools.doctor.host import Finding, Machine, note, ok, wrong
-from qwen35.training.adapters import make_model, serving_warnings
+from qwen35.training.adapters import build_model, serving_warnings
 from qwen35.training.best import Best
 from qwen35.training.expert_balance import kept
 from qwen35.training.length import count_steps
@@ -158,7 +158,7 @@ def look(m: Machine, s: Settings, found: list[Finding], world: int) -> None:
     Raises the errors of the model.
     """
     t, data, folder, save = s.training, s.data.dataset_param, s.model.model_name_or_path, Path(s.training.save)
-    unread, model = not_read(folder), make_model(s, load_config(folder))
+    unread, model = not_read(folder), build_model(s, load_config(folder))
     check_export(model, folder)
     trained, frozen = (count(model.parameters(), kind) for kind in (True, False))
     found.append(ok("model", f"{folder}: {trained + frozen:,} parameters, {trained:,} trained"))
@@ -205,10 +205,9 @@ def look(m: Machine, s: Settings, found: list[Finding], world: int) -> None:
         if (save / LOCK).exists():
             with holding(save):  # no other job does
                 pass
-        over = f"over {number_of(steps, 'step')}, " if steps and t.train_epochs else ""
-        found.append(
-            ok("disk", f"{save}: {over}{check_disk(t, saved_parameters(model).values(), done, t.train_iters or steps)}")
-        )
+        length = f"over {number_of(steps, 'step')}, " if steps and t.train_epochs else ""
+        needed = check_disk(t, saved_parameters(model).values(), done, t.train_iters or steps)
+        found.append(ok("disk", f"{save}: {length}{needed}"))
     with checking(found, "validation", TODO["data"]):
         if s.validation:
             alone: Any = SimpleNamespace(data_rank=0, data_size=1)  # all that is read of the meshes here

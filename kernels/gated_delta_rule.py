@@ -317,7 +317,7 @@ def _decay(log: Tensor) -> Tensor:
     """exp(log); anything for a log above 0, which is no decay's. On a CPU less than 2^-100 is zero:
     exp is slow where it overflows or underflows, and matmuls are where products are denormal.
     """
-    return F.threshold_(log.clamp(-80, 0).exp_(), 2**-100, 0) if log.is_cpu else log.exp()
+    return F.threshold(log.clamp(-80, 0).exp_(), 2**-100, 0, inplace=True) if log.is_cpu else log.exp()
 
 
 def _norm_backward(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 from qwen35.config.schema import Settings
 from qwen35.model import ModelConfig
-from qwen35.training.adapters import make_model
+from qwen35.training.adapters import build_model
 from rehearse.layouts import Layout
 from rehearse.lower_bound import RESHARDED, mixer_bytes
 from rehearse.rates import BEST, WORST, RateRange, Rates
@@ -45,7 +45,7 @@ class Sizes:
 
     @classmethod
     def of(cls, s: Settings, config: ModelConfig, world: int, per_node: int) -> "Sizes":
-        named = dict(make_model(s, config).named_parameters())
+        named = dict(build_model(s, config).named_parameters())
         experts = sum(p.numel() for name, p in named.items() if ".mlp.experts." in name)
         inside = sum(p.numel() for name, p in named.items() if name.startswith(RESHARDED))
         total = sum(p.numel() for p in named.values())

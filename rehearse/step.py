@@ -19,7 +19,7 @@ from qwen35.errors import SettingError
 from qwen35.model import ModelConfig, Qwen35
 from qwen35.parallel.mesh import make_meshes
 from qwen35.train import Run, distribute, train_step
-from qwen35.training.adapters import choose_trained, make_model
+from qwen35.training.adapters import build_model, choose_trained
 from qwen35.training.flops import Flops
 from qwen35.training.optimizer import GradientNorm
 from rehearse.cluster import FakeDevice, Observer, fake_process_group
@@ -175,7 +175,7 @@ def _rehearse(
     with torch.device("meta"):
         model = RepresentativeModel(representatives.config, kernels=chosen, mtp=bool(m.mtp_num_layers))
     choose_trained(model, settings)
-    whole = make_model(settings, config, chosen)
+    whole = build_model(settings, config, chosen)
     of_device: list[Observer] = [operators] if device.type == "npu" else []
     observers: list[Observer] = [ledger, *of_device]
     # as in a run each is an object of its own: kernels cache what they derive from a batch with it

@@ -102,10 +102,8 @@ class TensorSource(Protocol):
 
 
 class FiniteSource:
-    """A TensorSource that raises CheckpointError for values that are NaN or infinite.
-
-    It warns, once, of a matrix with a long run of zeros.
-    """
+    """A TensorSource that raises CheckpointError for values that are NaN or infinite, and warns,
+    once, of a matrix with a long run of zeros."""
 
     def __init__(self, source: TensorSource, where: str | Path):
         self.source, self.where, self.specs = source, where, source.specs

@@ -85,7 +85,7 @@ def test_a_start_names_what_a_stopped_job_could_not(tmp_path, alone):
     assert Best.of(t, info) == Best("loss") and not (tmp_path / BEST).exists()
 
 
-def test_figures_of_other_validation_data_are_not_compared(tmp_path, alone, caplog, monkeypatch):
+def test_figures_of_other_validation_data_are_not_compared(tmp_path, alone, caplog):
     """Of the same file, too, with other records: its name in the settings does not show that."""
     t = TrainingSettings(save=str(tmp_path), train_iters=9, save_best="loss", val_interval=1)
     best = Best("loss", 1.5, 3, 1, "of before")

@@ -57,7 +57,7 @@ def test_variables_of_a_tracker_come_first(workplace, tmp_path, told, monkeypatc
     assert told["wandb"]["id"] == "other"  # a run that resumes goes on in its page
 
 
-def test_a_copied_run_says_whose_pages_it_goes_on_in(workplace, tmp_path, told, caplog, monkeypatch):
+def test_a_copied_run_says_whose_pages_it_goes_on_in(workplace, tmp_path, told, caplog):
     start(workplace, tmp_path / "a")
     first = told["wandb"]["id"]
     start(workplace, tmp_path / "a", done=3)
